@@ -1,0 +1,223 @@
+"""The layer the user asks for: `MoEConfig`, frozen, checked when it is made.
+
+Sizes follow one alphabet: T tokens, E experts, K top-k, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from . import hf
+from .errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+GATED_ACTIVATIONS = ("swiglu", "reglu", "geglu", "geglu_tanh", "swiglu_clamped")
+UNGATED_ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = GATED_ACTIVATIONS + UNGATED_ACTIVATIONS
+GATINGS = ("softmax", "topk_softmax", "sigmoid")
+GROUP_SCORES = ("top2_sum", "max")
+
+MAX_EXPERTS = 4096
+MAX_TOP_K = 64
+MAX_WIDTH = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Everything that decides what a Mixture-of-Experts layer computes.
+
+    Args:
+        experts: E, number of routed experts.
+        top_k: K, experts that each token visits.
+        hidden: H, width of the layer's input and output.
+        intermediate: I, width inside an expert; 4*H when left out.
+        dtype: storage type of activations and weights; sums are float32 for all three.
+        activation: gated (`swiglu`, `reglu`, `geglu` exact, `geglu_tanh`, `swiglu_clamped` of gpt-oss) or
+            ungated (`relu`, `relu2`, `gelu` exact, `gelu_tanh`, `silu`).
+        gating: `softmax` over all experts, then top-k (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V2);
+            `topk_softmax`: top-k, then softmax over the selected (gpt-oss);
+            `sigmoid` of each logit (DeepSeek-V3, GLM-4-MoE, Llama 4).
+        renormalize: divide the selected weights by their sum (`topk_softmax` sums to one anyway).
+        routed_scaling: factor on the routing weights, after renormalisation.
+        router_bias: the router has a bias [E] on its logits.
+        correction_bias: a bias [E] on the scores that decides the selection only (DeepSeek-V3, arXiv:2412.19437).
+        n_group, topk_group: experts form `n_group` equal groups, of which the best `topk_group` may be selected.
+        group_score: how a group is scored: `top2_sum` (DeepSeek-V3) or `max` (DeepSeek-V2).
+        weight_on_input: the routing weight multiplies the expert's input instead of its output (Llama 4).
+        expert_bias: experts have biases.
+        shared_intermediate: width of the shared expert that every token visits; 0 for none.
+        shared_gate: the shared expert's output is scaled by sigmoid(x @ shared_gate.T) (Qwen2-MoE).
+        capacity_factor: an expert takes at most ceil(capacity_factor * T * K / E) tokens, the first by position
+            (GShard, arXiv:2006.16668; Switch, arXiv:2101.03961); None for no limit.
+        swiglu_alpha, swiglu_limit: constants of `swiglu_clamped`.
+        balance_coefficient: base of the adaptive load-balancing coefficient, base * (1 + variance of expert usage).
+
+    Raises:
+        ConfigError: a value is impossible; the message names the field, the value and the limit.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int = 0
+    dtype: str = "float32"
+    activation: str = "swiglu"
+    gating: str = "softmax"
+    renormalize: bool = True
+    routed_scaling: float = 1.0
+    router_bias: bool = False
+    correction_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: str = "top2_sum"
+    weight_on_input: bool = False
+    expert_bias: bool = False
+    shared_intermediate: int = 0
+    shared_gate: bool = False
+    capacity_factor: float | None = None
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    balance_coefficient: float = 0.01
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
+        if self.intermediate == 0:
+            object.__setattr__(self, "intermediate", 4 * self.hidden)
+        _between("experts", self.experts, 1, MAX_EXPERTS)
+        _between("top_k", self.top_k, 1, min(self.experts, MAX_TOP_K), "the number of experts" if self.experts < MAX_TOP_K else "")
+        _between("hidden", self.hidden, 1, MAX_WIDTH)
+        _between("intermediate", self.intermediate, 1, MAX_WIDTH)
+        _between("shared_intermediate", self.shared_intermediate, 0, MAX_WIDTH)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("gating", self.gating, GATINGS)
+        _one_of("group_score", self.group_score, GROUP_SCORES)
+        self._check_groups()
+        self._check_scales()
+        if self.shared_gate and not self.shared_intermediate:
+            raise ConfigError("shared_gate=True needs a shared expert: set shared_intermediate above 0 (it is 0)")
+        if self.correction_bias and self.gating == "topk_softmax":
+            raise ConfigError("correction_bias=True goes with gating 'softmax' or 'sigmoid', not 'topk_softmax'")
+
+    def _check_groups(self) -> None:
+        _between("n_group", self.n_group, 1, self.experts, "the number of experts")
+        if self.experts % self.n_group:
+            raise ConfigError(f"n_group={self.n_group} must divide experts={self.experts} into equal groups")
+        _between("topk_group", self.topk_group, 1, self.n_group, "n_group")
+        reachable = self.topk_group * self.group_size
+        if self.top_k > reachable:
+            raise ConfigError(
+                f"top_k={self.top_k} is more than the {reachable} experts in topk_group={self.topk_group} groups of {self.group_size}"
+            )
+        if self.n_group > 1 and self.group_score == "top2_sum" and self.group_size < 2:
+            raise ConfigError(
+                f"group_score='top2_sum' needs groups of at least 2 experts; n_group={self.n_group} leaves {self.group_size}"
+            )
+        if self.n_group > 1 and self.gating == "topk_softmax":
+            raise ConfigError(f"n_group={self.n_group} goes with gating 'softmax' or 'sigmoid', not 'topk_softmax'")
+
+    def _check_scales(self) -> None:
+        for name in ("routed_scaling", "swiglu_alpha", "swiglu_limit", "balance_coefficient", "capacity_factor"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"{name}={value} must be a finite number above 0")
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate next to their up projection."""
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def group_size(self) -> int:
+        """Experts in one routing group."""
+        return self.experts // self.n_group
+
+    @property
+    def selects_by_logit(self) -> bool:
+        """Whether experts are chosen on the logits themselves: every score is then monotone in its logit."""
+        return not self.correction_bias and (self.n_group == 1 or self.group_score == "max")
+
+    def capacity(self, tokens: int) -> int:
+        """Most tokens that one expert takes out of T=`tokens`: ceil(capacity_factor * T * K / E), or T without a limit."""
+        if self.capacity_factor is None:
+            return tokens
+        return min(tokens, math.ceil(self.capacity_factor * tokens * self.top_k / self.experts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> MoEConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field is unknown, missing or impossible.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ConfigError(f"unknown configuration field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        missing = [n for n in ("experts", "top_k", "hidden") if n not in fields]
+        if missing:
+            raise ConfigError(f"configuration field {missing[0]!r} is required")
+        return cls(**fields)
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> MoEConfig:
+        """The MoE layer of a Hugging Face model, from its `config.json` (a file, its folder, or the parsed dict).
+
+        Understands the model types in `moegen.hf.MODEL_TYPES`.
+
+        Raises:
+            ConfigError: the model type is unknown, or a field asks for what moegen cannot honour.
+        """
+        return cls(**hf.fields_from_hf(source))
+
+    def __str__(self) -> str:
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"MoEConfig({', '.join(shown)})"
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """`value` as the plain Python type that the field declares, or a ConfigError that says what was expected."""
+    declared = str(field.type)
+    if declared.endswith("| None") and value is None:
+        return None
+    if declared == "bool":
+        if value is True or value is False or type(value).__name__ in ("bool_", "bool"):
+            return bool(value)
+    elif declared == "int":
+        if hasattr(value, "__index__") and not isinstance(value, bool):
+            return value.__index__()
+    elif declared.startswith("float"):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+            return float(value)
+    elif isinstance(value, str):
+        return value
+    raise ConfigError(f"{field.name}={value!r} must be of type {declared}, not {type(value).__name__}")
+
+
+def _between(name: str, value: int, low: int, high: int, why: str = "") -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value} must be between {low} and {high}{f' ({why})' if why else ''}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def config_key(config: MoEConfig) -> str:
+    """Canonical JSON of a configuration, for hashing and comparing."""
+    return json.dumps(config.to_dict(), sort_keys=True)

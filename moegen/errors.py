@@ -1,0 +1,39 @@
+"""Every exception that a user of moegen can meet; each message is one readable sentence."""
+
+from __future__ import annotations
+
+
+class MoegenError(Exception):
+    """Base of all errors that moegen raises on purpose."""
+
+
+class ConfigError(MoegenError, ValueError):
+    """A layer configuration is impossible, or a model's config asks for what moegen cannot honour."""
+
+
+class TargetError(MoegenError, ValueError):
+    """A compilation target is unknown or cannot be served on this machine."""
+
+
+class ScheduleError(MoegenError, ValueError):
+    """Schedule knobs are illegal for a workload (a rejected candidate, not a programming error)."""
+
+
+class BuildError(MoegenError, RuntimeError):
+    """Emission, compilation or linking failed; nothing was left behind."""
+
+
+class VerificationError(MoegenError, RuntimeError):
+    """A compiled module does not agree with the float64 reference."""
+
+
+class ArtifactError(MoegenError, RuntimeError):
+    """An artifact is missing, damaged, made for another machine, or by a newer moegen."""
+
+
+class WeightsError(MoegenError, ValueError):
+    """Weights are missing, superfluous, or of the wrong shape or dtype."""
+
+
+class InputError(MoegenError, ValueError):
+    """An argument of a layer call has the wrong shape, dtype, device or value."""
