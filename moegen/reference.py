@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import DTYPES, MoEConfig
-from .errors import ConfigError, InputError, WeightsError
+from .errors import ConfigError, InputError, MoegenError, WeightsError
 
 Floats = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
@@ -184,7 +184,7 @@ def route(config: MoEConfig, weights: Weights, x: npt.ArrayLike, logits: npt.Arr
 
 
 def _logits(config: MoEConfig, weights: Weights, x: Floats) -> Floats:
-    logits = x @ _weight(config, weights, "router.weight").T
+    logits: Floats = x @ _weight(config, weights, "router.weight").T
     return logits + _weight(config, weights, "router.bias") if config.router_bias else logits
 
 
@@ -328,7 +328,7 @@ def _ffn(config: MoEConfig, weights: Mapping[str, Floats], x: Floats) -> Floats:
 
 
 def _linear(weights: Mapping[str, Floats], name: str, x: Floats) -> Floats:
-    y = x @ weights[f"{name}.weight"].T
+    y: Floats = x @ weights[f"{name}.weight"].T
     bias = weights.get(f"{name}.bias")
     return y if bias is None else y + bias
 
@@ -349,14 +349,21 @@ def _weight(config: MoEConfig, weights: Weights, name: str, expert: int | None =
     array, expected = np.asarray(weights[name]), weight_shapes(config)[name]
     if array.shape != expected:
         raise WeightsError(f"weight {name!r} has shape {array.shape}, expected {expected}")
-    return np.asarray(array if expert is None else array[expert], np.float64)
+    return _float64(f"weight {name!r}", array if expert is None else array[expert], WeightsError)
 
 
 def _matrix(name: str, value: npt.ArrayLike, columns: int, rows: int | None = None) -> Floats:
-    array = np.asarray(value, np.float64)
+    array = _float64(name, value, InputError)
     if array.ndim != 2 or array.shape[1] != columns or rows not in (None, len(array)):
         raise InputError(f"{name} has shape {array.shape}, expected ({'T' if rows is None else rows}, {columns})")
     return array
+
+
+def _float64(name: str, value: npt.ArrayLike, error: type[MoegenError]) -> Floats:
+    array = np.asarray(value)
+    if array.dtype == np.uint16:  # how bfloat16 travels elsewhere: read as integers, its bits would give plausible nonsense
+        raise error(f"{name} is uint16, which may be the bits of bfloat16: widen it to float32 first")
+    return array.astype(np.float64)
 
 
 # ---------------------------------------------------------------- made-up weights

@@ -1,0 +1,99 @@
+"""Rendering: a geometry in, the text of the tensor-expression module and of the C++ host out."""
+
+from __future__ import annotations
+
+import pprint
+from typing import Any
+
+import jinja2
+
+from .config import MoEConfig
+from .geometry import Geometry, Product
+from .paths import package_folder
+from .target import Target
+from .version import __version__
+
+GATED_CALLS = {
+    "swiglu": ("silu", "silu({gate}) * ({up})"),
+    "reglu": ("relu", "relu({gate}) * ({up})"),
+    "geglu": ("gelu", "gelu({gate}) * ({up})"),
+    "geglu_tanh": ("gelu_tanh", "gelu_tanh({gate}) * ({up})"),
+    "swiglu_clamped": ("swiglu_clamped", "swiglu_clamped({gate}, {up})"),
+}
+NEEDS = {
+    "silu": ("sigmoid",),
+    "gelu_tanh": ("sigmoid",),
+    "swiglu_clamped": ("sigmoid",),
+    "gelu": ("normal_cdf",),
+    "relu2": ("relu",),
+    "sigmoid": ("exp",),
+    "normal_cdf": ("exp",),
+}
+ORDER = ("exp", "sigmoid", "normal_cdf", "silu", "relu", "relu2", "gelu", "gelu_tanh", "swiglu_clamped")
+
+
+def te_source(geometry: Geometry, target: Target) -> str:
+    """The readable, specialised Python module of TVM tensor-expression definitions."""
+    config = geometry.config
+    ffns: list[tuple[str, Product, Product]] = [("expert", geometry.up, geometry.down)]
+    if config.shared_intermediate:
+        ffns.append(("shared", geometry.shared_up, geometry.shared_down))
+    return _environment().get_template("te/module.py.jinja").render(
+        title=_title(config),
+        version=__version__,
+        target=str(target),
+        config=config,
+        tiling=geometry.tiling,
+        config_literal=pprint.pformat(config.to_dict(), sort_dicts=False, width=120),
+        tiling_literal=repr(_tiling_dict(geometry)),
+        functions=_functions(config),
+        gated_call=GATED_CALLS.get(config.activation, ("", ""))[1],
+        ffns=ffns,
+        router=geometry.router,
+        out=geometry.down,
+    )
+
+
+def host_source(geometry: Geometry, stages: list[str]) -> str:
+    """The C++ host that runs the compiled stages in order and exports the layer's entry points."""
+    return _environment().get_template("llvm/host.cc.jinja").render(
+        title=_title(geometry.config),
+        version=__version__,
+        config=geometry.config,
+        tiling=geometry.tiling,
+        geometry=geometry,
+        segments={s.name: s for s in geometry.segments},
+        stages=stages,
+        dtype={"float32": "kF32", "bfloat16": "kBF16", "float16": "kF16"}[geometry.config.dtype],
+    )
+
+
+def _tiling_dict(geometry: Geometry) -> dict[str, Any]:
+    t = geometry.tiling
+    return {"lanes": t.lanes, "max_rows": t.max_rows, "chunk_rows": t.chunk_rows, "k_block": t.k_block}
+
+
+def _title(config: MoEConfig) -> str:
+    return (
+        f"E={config.experts} K={config.top_k} H={config.hidden} I={config.intermediate} "
+        f"{config.dtype} {config.gating} {config.activation}"
+    )
+
+
+def _functions(config: MoEConfig) -> list[str]:
+    """Names of the element-wise functions that the module uses, in the order in which they build on one another."""
+    wanted = {GATED_CALLS[config.activation][0] if config.gated else config.activation, "exp"}
+    if config.gating == "sigmoid":
+        wanted.add("sigmoid")
+    while missing := {n for name in wanted for n in NEEDS.get(name, ())} - wanted:
+        wanted |= missing
+    return [name for name in ORDER if name in wanted]
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(package_folder("templates")),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )

@@ -1,0 +1,1 @@
+"""How a stage is computed: one folder per target kind, one module per stage."""

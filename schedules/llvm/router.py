@@ -1,0 +1,18 @@
+"""Router logits: threads own row blocks, because there are few panels and often many tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .product import Knobs, check, default, finish_tile, tile
+
+__all__ = ["Knobs", "apply", "check", "default"]
+
+
+def apply(sch: Any, name: str, knobs: Knobs) -> None:
+    """Row blocks in parallel, panels inside."""
+    block, rows, panel, *inner = sch.get_loops(sch.get_sblock("output", name))
+    sch.reorder(block, panel, rows, *inner)
+    sch.parallel(block)
+    finish_tile(sch, [rows, *inner])
+    tile(sch, name, panel, knobs)

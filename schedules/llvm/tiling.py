@@ -1,0 +1,34 @@
+"""The tiling that all products of a layer share; it decides the packed weight layout."""
+
+from __future__ import annotations
+
+from moegen.config import MoEConfig
+from moegen.errors import ScheduleError
+from moegen.geometry import VECTORS, Tiling
+from moegen.target import Target
+
+K_BLOCK = 1024
+CHUNK_ROWS = 112
+
+
+def default(config: MoEConfig, target: Target) -> Tiling:
+    """The largest register tile that leaves room for two weight vectors and one broadcast; blocks of 1024 terms."""
+    max_rows = (target.registers - VECTORS - 1) // VECTORS
+    return Tiling(lanes=target.lanes, max_rows=max_rows, chunk_rows=CHUNK_ROWS // max_rows * max_rows, k_block=K_BLOCK)
+
+
+def check(config: MoEConfig, target: Target, tiling: Tiling) -> None:
+    """Legality.
+
+    Raises:
+        ScheduleError: the tile does not fit the registers, or a size is out of range.
+    """
+    if tiling.lanes not in (4, 8, 16) or tiling.lanes > target.lanes:
+        raise ScheduleError(f"lanes={tiling.lanes} must be 4, 8 or 16 and at most the {target.lanes} of {target}")
+    used = tiling.max_rows * VECTORS + VECTORS + 1
+    if tiling.max_rows < 1 or used > target.registers:
+        raise ScheduleError(f"max_rows={tiling.max_rows} needs {used} vector registers; {target} has {target.registers}")
+    if tiling.chunk_rows < tiling.max_rows:
+        raise ScheduleError(f"chunk_rows={tiling.chunk_rows} must be at least max_rows={tiling.max_rows}")
+    if tiling.k_block < 64:
+        raise ScheduleError(f"k_block={tiling.k_block} must be at least 64")

@@ -1,0 +1,1 @@
+"""Jinja templates of the emitted tensor expressions and of the generated host."""

@@ -1,0 +1,1 @@
+"""Curated tuning records."""
