@@ -1,0 +1,86 @@
+// Packing weights [n, k] of any strides into panels [n / columns][k_padded][2][lanes], zero-padded.
+#pragma once
+#include "stage.h"
+
+namespace moegen {
+
+struct Segment {
+  int64_t offset_bytes;
+  int bits;       // of a stored element
+  int64_t count;  // experts
+  int64_t n, panels, k, k_padded, lanes;
+  bool gated;  // two sources: vector 0 of a panel from the gate, vector 1 from the up projection
+};
+
+// A source matrix [n, k] or, for biases (k = 1), a vector [n].
+struct Source {
+  const char* data;
+  int64_t n_stride, k_stride;
+};
+
+inline Source SourceOf(const DLTensor* t, const Segment& s, const char* name) {
+  if (t == nullptr) throw Bad(std::string(name) + " is missing");
+  bool vector = s.k == 1 && t->ndim == 1;
+  if (t->device.device_type != kDLCPU || t->dtype.bits != s.bits || (!vector && t->ndim != 2)) {
+    throw Bad(std::string(name) + " must be a CPU matrix of " + std::to_string(s.bits) + "-bit elements");
+  }
+  if (t->shape[0] != s.n || (!vector && t->shape[1] != s.k)) {
+    throw Bad(std::string(name) + " must have shape [" + std::to_string(s.n) + ", " + std::to_string(s.k) + "]");
+  }
+  int64_t n_stride = t->strides != nullptr ? t->strides[0] : (vector ? 1 : s.k);
+  int64_t k_stride = vector ? 0 : (t->strides != nullptr ? t->strides[1] : 1);
+  return {static_cast<const char*>(t->data) + t->byte_offset, n_stride, k_stride};
+}
+
+template <typename Element>
+void PackPanel(const Segment& s, const Source* sources, Element* out, int64_t panel) {
+  constexpr int64_t kBlock = 64;  // terms of the dot product at a time: one page of output, whole cache lines of input
+  int64_t columns = s.gated ? s.lanes : 2 * s.lanes;
+  for (int64_t k0 = 0; k0 < s.k_padded; k0 += kBlock) {
+    int64_t k1 = std::min(k0 + kBlock, s.k_padded), filled = std::min(k1, s.k);
+    for (int64_t slot = 0; slot < 2 * s.lanes; ++slot) {
+      const Source& source = sources[s.gated ? slot / s.lanes : 0];
+      int64_t row = panel * columns + (s.gated ? slot % s.lanes : slot);
+      Element* to = out + slot;
+      int64_t k = k0;
+      if (row < s.n) {
+        const Element* from = reinterpret_cast<const Element*>(source.data) + row * source.n_stride;
+        for (; k < filled; ++k) to[k * 2 * s.lanes] = from[k * source.k_stride];
+      }
+      for (; k < k1; ++k) to[k * 2 * s.lanes] = 0;
+    }
+  }
+}
+
+struct PackJob {
+  const Segment* segment;
+  Source sources[2];
+  char* out;
+};
+
+inline int PackTask(int task, Env* env, void* closure) {
+  const PackJob& job = *static_cast<PackJob*>(closure);
+  const Segment& s = *job.segment;
+  int64_t size = s.k_padded * 2 * s.lanes;
+  for (int64_t panel = task; panel < s.panels; panel += env->num_task) {
+    if (s.bits == 32) {
+      PackPanel(s, job.sources, reinterpret_cast<uint32_t*>(job.out) + panel * size, panel);
+    } else {
+      PackPanel(s, job.sources, reinterpret_cast<uint16_t*>(job.out) + panel * size, panel);
+    }
+  }
+  return 0;
+}
+
+// Packs the weights of one expert into segment `s` of the blob.
+inline void Pack(const Segment& s, char* blob, int64_t expert, const DLTensor* first, const DLTensor* second) {
+  if (expert < 0 || expert >= s.count) throw Bad("expert must be between 0 and " + std::to_string(s.count - 1));
+  PackJob job{&s, {}, nullptr};
+  job.sources[0] = SourceOf(first, s, s.gated ? "gate" : "weight");
+  if (s.gated) job.sources[1] = SourceOf(second, s, "up");
+  int64_t expert_bytes = s.panels * s.k_padded * 2 * s.lanes * (s.bits / 8);
+  job.out = blob + s.offset_bytes + expert * expert_bytes;
+  Launch(PackTask, &job, Tasks(s.panels, 4.0 * s.panels * s.k_padded * 2 * s.lanes));
+}
+
+}  // namespace moegen

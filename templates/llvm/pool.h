@@ -1,0 +1,254 @@
+// A pool of worker threads that belongs to one layer, and the three functions that code compiled by TVM asks for.
+//
+// A parallel region is split into tasks that threads claim one by one, so a thread that is held up delays one task only.
+// Which thread computes a task never changes its result. A region that finds the pool busy runs on its caller alone.
+#pragma once
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace moegen {
+
+struct Env {
+  void* sync;
+  int32_t num_task;
+};
+using Task = int (*)(int, Env*, void*);
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) : threads_(threads) { Start(); }
+
+  ~Pool() {
+    if (getpid() != pid_) {  // a forked child has no workers to join
+      for (auto* worker : workers_) (void)worker;
+      return;
+    }
+    stop_.store(true);
+    { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+    wake_.notify_all();
+    for (auto* worker : workers_) {
+      worker->join();
+      delete worker;
+    }
+  }
+
+  int threads() const { return threads_; }
+
+  // Takes the pool for one caller; false when another one has it.
+  bool Enter() {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    if (getpid() != pid_) Restart();
+    return true;
+  }
+  void Leave() { busy_.store(false, std::memory_order_release); }
+
+  int Run(Task task, void* closure, int tasks) {
+    task_ = task;
+    closure_ = closure;
+    done_.store(0, std::memory_order_relaxed);
+    failed_.store(0, std::memory_order_relaxed);
+    epoch_ = (epoch_ + 1) & 0xffffff;
+    ticket_.store(epoch_ << 40 | static_cast<uint64_t>(tasks) << 20, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+      wake_.notify_all();
+    }
+    while (Work()) {
+    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) != tasks; ++spins) {
+      if (spins < kSpins) {
+        Pause();
+      } else {
+        sched_yield();
+      }
+    }
+    return failed_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+
+  static bool Open(uint64_t ticket) { return (ticket & 0xfffff) < (ticket >> 20 & 0xfffff); }
+
+  // Claims and runs one task; false when none is left. The ticket holds epoch, number of tasks and next task.
+  bool Work() {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    while (Open(ticket)) {
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+      Env env{nullptr, static_cast<int32_t>(ticket >> 20 & 0xfffff)};
+      int rc = task_(static_cast<int>(ticket & 0xfffff), &env, closure_);
+      if (rc != 0) failed_.store(rc, std::memory_order_relaxed);
+      done_.fetch_add(1, std::memory_order_release);
+      return true;
+    }
+    return false;
+  }
+
+  void Loop() {
+    while (!stop_.load(std::memory_order_relaxed)) {
+      bool worked = false;
+      for (int spins = 0; spins < kSpins && !worked; ++spins) {
+        worked = Work();
+        if (!worked) Pause();
+      }
+      if (!worked) Sleep();
+    }
+  }
+
+  void Sleep() {
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.wait(lock, [this] { return stop_.load() || Open(ticket_.load(std::memory_order_seq_cst)); });
+    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+
+  void Start() {
+    pid_ = getpid();
+    for (int i = 1; i < threads_; ++i) {
+      try {
+        workers_.push_back(new std::thread([this] { Loop(); }));
+      } catch (const std::system_error&) {  // the system gives no more threads: the ones there are do the work
+        break;
+      }
+    }
+  }
+
+  // In a forked child: the parent's threads do not exist here, and its locks may be in any state.
+  void Restart() {
+    workers_.clear();
+    new (&sleep_mutex_) std::mutex();
+    new (&wake_) std::condition_variable();
+    sleepers_.store(0);
+    Start();
+  }
+
+  int threads_;
+  pid_t pid_ = 0;
+  std::atomic<bool> busy_{false};
+  std::atomic<bool> stop_{false};
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int> done_{0};
+  std::atomic<int> failed_{0};
+  std::atomic<int> sleepers_{0};
+  uint64_t epoch_ = 0;
+  Task task_ = nullptr;
+  void* closure_ = nullptr;
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread*> workers_;
+};
+
+// What parallel loops on this thread run with. `pool` is null inside a worker and when another caller has the pool.
+struct Region {
+  Pool* pool = nullptr;
+  int tasks = 1;
+};
+inline thread_local Region region;
+
+// Makes `pool` the one that this thread's parallel loops use, for the length of a call.
+class Using {
+ public:
+  explicit Using(Pool* pool) : pool_(pool != nullptr && pool->threads() > 1 && pool->Enter() ? pool : nullptr) { region = {pool_, 1}; }
+  ~Using() {
+    region = {};
+    if (pool_ != nullptr) pool_->Leave();
+  }
+
+ private:
+  Pool* pool_;
+};
+
+// Tasks for a loop of `extent` iterations that does `work` operations altogether: small loops are not worth waking anybody.
+inline int Tasks(int64_t extent, double work) {
+  if (region.pool == nullptr) return 1;
+  double worthwhile = 1 + work / 100000.0;
+  return static_cast<int>(std::min<double>({static_cast<double>(extent), 4.0 * region.pool->threads(), worthwhile}));
+}
+
+inline int Launch(Task task, void* closure, int tasks) {
+  if (region.pool == nullptr || tasks <= 1) {
+    Env env{nullptr, 1};
+    return task(0, &env, closure);
+  }
+  return region.pool->Run(task, closure, tasks);
+}
+
+// Scratch memory of compiled stages: blocks are kept per thread and reused.
+class Scratch {
+ public:
+  ~Scratch() {
+    for (auto& block : blocks_) free(block.data);
+  }
+  void* Take(uint64_t bytes) {
+    for (auto& block : blocks_) {
+      if (!block.taken && block.bytes >= bytes) {
+        block.taken = true;
+        return block.data;
+      }
+    }
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, bytes) != 0) return nullptr;
+    blocks_.push_back({data, bytes, true});
+    return data;
+  }
+  int Give(void* data) {
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      if (blocks_[i].data != data) continue;
+      blocks_[i].taken = false;
+      if (blocks_[i].bytes > kKeepBytes) {
+        free(data);
+        blocks_.erase(blocks_.begin() + i);
+      }
+      return 0;
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr uint64_t kKeepBytes = 1 << 20;
+  struct Block {
+    void* data;
+    uint64_t bytes;
+    bool taken;
+  };
+  std::vector<Block> blocks_;
+};
+inline thread_local Scratch scratch;
+
+}  // namespace moegen
+
+extern "C" {
+// Weak variables of code compiled by TVM; set before anything runs.
+extern void* __TVMBackendParallelLaunch;
+extern void* __TVMBackendAllocWorkspace __attribute__((weak));
+extern void* __TVMBackendFreeWorkspace __attribute__((weak));
+
+static int MoegenLaunch(moegen::Task task, void* closure, int) { return moegen::Launch(task, closure, moegen::region.tasks); }
+static void* MoegenAlloc(int, int, uint64_t bytes, int, int) { return moegen::scratch.Take(bytes); }
+static int MoegenFree(int, int, void* data) { return moegen::scratch.Give(data); }
+}
+
+__attribute__((constructor)) static void MoegenConnect() {
+  __TVMBackendParallelLaunch = reinterpret_cast<void*>(MoegenLaunch);
+  if (&__TVMBackendAllocWorkspace != nullptr) __TVMBackendAllocWorkspace = reinterpret_cast<void*>(MoegenAlloc);
+  if (&__TVMBackendFreeWorkspace != nullptr) __TVMBackendFreeWorkspace = reinterpret_cast<void*>(MoegenFree);
+}

@@ -1,0 +1,135 @@
+// Calling compiled stages and reading arguments through tvm-ffi's C interface.
+#pragma once
+#include <dlpack/dlpack.h>
+#include <tvm/ffi/c_api.h>
+
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <string>
+
+#include "pool.h"
+
+namespace moegen {
+
+using Stage = int (*)(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
+
+constexpr DLDataType kF32{kDLFloat, 32, 1};
+constexpr DLDataType kF64{kDLFloat, 64, 1};
+constexpr DLDataType kF16{kDLFloat, 16, 1};
+constexpr DLDataType kBF16{kDLBfloat, 16, 1};
+constexpr DLDataType kI32{kDLInt, 32, 1};
+
+// Thrown inside the library only; every exported function turns it into a tvm-ffi error.
+struct Failure {
+  const char* kind;
+  std::string message;
+};
+
+inline Failure Bad(const std::string& message) { return {"ValueError", message}; }
+
+// The arguments of one call of a compiled stage.
+class Arguments {
+ public:
+  Arguments& Tensor(const void* data, DLDataType dtype, std::initializer_list<int64_t> shape) {
+    std::copy(shape.begin(), shape.end(), shapes_[count_]);
+    tensors_[count_] = {const_cast<void*>(data), {kDLCPU, 0}, static_cast<int32_t>(shape.size()), dtype, shapes_[count_], nullptr, 0};
+    Next(kTVMFFIDLTensorPtr).v_ptr = &tensors_[count_ - 1];
+    return *this;
+  }
+  Arguments& Int(int64_t value) {
+    Next(kTVMFFIInt).v_int64 = value;
+    return *this;
+  }
+  // Runs the stage; its parallel loop has `extent` iterations that do `work` operations together.
+  void Call(Stage stage, int64_t extent, double work) {
+    region.tasks = Tasks(extent, work);
+    TVMFFIAny result{};
+    int rc = stage(nullptr, values_, count_, &result);
+    region.tasks = 1;
+    if (rc != 0) throw Failure{nullptr, "a compiled stage failed"};
+  }
+
+ private:
+  TVMFFIAny& Next(int32_t type) {
+    TVMFFIAny& value = values_[count_++];
+    value = {};
+    value.type_index = type;
+    return value;
+  }
+  static constexpr int kMost = 10;
+  int count_ = 0;
+  TVMFFIAny values_[kMost];
+  DLTensor tensors_[kMost];
+  int64_t shapes_[kMost][6];
+};
+
+// Arguments of an exported function.
+class Given {
+ public:
+  Given(const TVMFFIAny* values, int32_t count, int32_t expected) : values_(values) {
+    if (count != expected) throw Bad("expected " + std::to_string(expected) + " arguments, got " + std::to_string(count));
+  }
+  const DLTensor* Tensor(int i) const {
+    const TVMFFIAny& value = values_[i];
+    if (value.type_index == kTVMFFINone) return nullptr;
+    if (value.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(value.v_ptr);
+    if (value.type_index == kTVMFFITensor) return TVMFFITensorGetDLTensorPtr(value.v_obj);
+    throw Failure{"TypeError", "argument " + std::to_string(i) + " must be a tensor"};
+  }
+  int64_t Int(int i) const {
+    if (values_[i].type_index != kTVMFFIInt) throw Failure{"TypeError", "argument " + std::to_string(i) + " must be an integer"};
+    return values_[i].v_int64;
+  }
+  // Data of a contiguous, aligned CPU tensor of this shape; null for None.
+  template <typename Type>
+  Type* Data(int i, const char* name, int bits, std::initializer_list<int64_t> shape, size_t alignment) const {
+    const DLTensor* t = Tensor(i);
+    if (t == nullptr) return nullptr;
+    std::string what(name);
+    if (t->device.device_type != kDLCPU) throw Bad(what + " must be on the CPU");
+    if (t->dtype.bits != bits || t->dtype.lanes != 1) throw Bad(what + " must have elements of " + std::to_string(bits) + " bits");
+    if (t->ndim != static_cast<int32_t>(shape.size())) throw Bad(what + " must have " + std::to_string(shape.size()) + " dimensions");
+    int64_t stride = 1;
+    for (int d = t->ndim - 1; d >= 0; --d) {
+      int64_t extent = shape.begin()[d];
+      if (t->shape[d] != extent) {
+        throw Bad(what + ".shape[" + std::to_string(d) + "] is " + std::to_string(t->shape[d]) + ", must be " + std::to_string(extent));
+      }
+      if (t->strides != nullptr && extent > 1 && t->strides[d] != stride) throw Bad(what + " must be contiguous");
+      stride *= extent;
+    }
+    char* data = static_cast<char*>(t->data) + t->byte_offset;
+    if (stride > 0 && reinterpret_cast<uintptr_t>(data) % alignment != 0) {
+      throw Bad(what + " must be aligned to " + std::to_string(alignment) + " bytes");
+    }
+    return reinterpret_cast<Type*>(data);
+  }
+
+ private:
+  const TVMFFIAny* values_;
+};
+
+// Runs `body(Given)`, whose integer result goes to the caller, and turns what it throws into a tvm-ffi error.
+template <typename Body>
+int Export(const TVMFFIAny* values, int32_t count, int32_t expected, TVMFFIAny* result, Body body) {
+  try {
+    Given given(values, count, expected);
+    int64_t value = body(given);
+    *result = {};
+    result->type_index = kTVMFFIInt;
+    result->v_int64 = value;
+    return 0;
+  } catch (const Failure& failure) {
+    if (failure.kind != nullptr) TVMFFIErrorSetRaisedFromCStr(failure.kind, failure.message.c_str());
+    return -1;
+  } catch (const std::bad_alloc&) {
+    TVMFFIErrorSetRaisedFromCStr("MemoryError", "out of memory");
+    return -1;
+  } catch (const std::exception& error) {
+    TVMFFIErrorSetRaisedFromCStr("RuntimeError", error.what());
+    return -1;
+  }
+}
+
+}  // namespace moegen
