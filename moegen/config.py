@@ -10,7 +10,10 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from . import hf
 from .errors import ConfigError
@@ -25,6 +28,7 @@ GROUP_SCORES = ("top2_sum", "max")
 MAX_EXPERTS = 4096
 MAX_TOP_K = 64
 MAX_WIDTH = 1 << 20
+MAX_SCALE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +131,8 @@ class MoEConfig:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"{name}={value} must be a finite number above 0")
+            if not 1 / MAX_SCALE <= value <= MAX_SCALE:
+                raise ConfigError(f"{name}={value} must be between {1 / MAX_SCALE:g} and {MAX_SCALE:g}")
 
     @property
     def gated(self) -> bool:
@@ -149,7 +153,12 @@ class MoEConfig:
         """Most tokens that one expert takes out of T=`tokens`: ceil(capacity_factor * T * K / E), or T without a limit."""
         if self.capacity_factor is None:
             return tokens
-        return min(tokens, math.ceil(self.capacity_factor * tokens * self.top_k / self.experts))
+        return min(tokens, math.ceil(self.capacity_per_token * tokens))
+
+    @property
+    def capacity_per_token(self) -> Fraction:
+        """capacity_factor * K / E, exact: a factor of 1.1 means 11/10, so that ceil() never sees a rounding error."""
+        return Fraction(str(self.capacity_factor)) * self.top_k / self.experts
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
@@ -163,7 +172,7 @@ class MoEConfig:
             ConfigError: a field is unknown, missing or impossible.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
+        unknown = sorted(map(str, set(fields) - known))
         if unknown:
             raise ConfigError(f"unknown configuration field {unknown[0]!r}; known: {', '.join(sorted(known))}")
         missing = [n for n in ("experts", "top_k", "hidden") if n not in fields]
@@ -190,21 +199,16 @@ class MoEConfig:
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     """`value` as the plain Python type that the field declares, or a ConfigError that says what was expected."""
     declared = str(field.type)
+    if isinstance(value, np.generic):
+        value = value.item()
     if declared.endswith("| None") and value is None:
         return None
-    if declared == "bool":
-        if value is True or value is False or type(value).__name__ in ("bool_", "bool"):
-            return bool(value)
-    elif declared == "int":
-        if hasattr(value, "__index__") and not isinstance(value, bool):
-            return value.__index__()
-    elif declared.startswith("float"):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-            return float(value)
-    elif isinstance(value, str):
-        return value
+    kinds = {"bool": (bool,), "int": (int,), "str": (str,)}.get(declared, (int, float))
+    if isinstance(value, kinds) and isinstance(value, bool) == (declared == "bool"):
+        try:
+            return float(value) if kinds == (int, float) else value
+        except OverflowError:
+            raise ConfigError(f"{field.name} is too large for a float") from None
     raise ConfigError(f"{field.name}={value!r} must be of type {declared}, not {type(value).__name__}")
 
 
@@ -216,6 +220,28 @@ def _between(name: str, value: int, low: int, high: int, why: str = "") -> None:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def weight_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of all weights that `config` calls for; projections are [out, in], applied as x @ w.T."""
+    e, h, i, s = config.experts, config.hidden, config.intermediate, config.shared_intermediate
+    projections = ("gate", "up", "down") if config.gated else ("up", "down")
+    shapes: dict[str, tuple[int, ...]] = {"router.weight": (e, h)}
+    if config.router_bias:
+        shapes["router.bias"] = (e,)
+    if config.correction_bias:
+        shapes["router.correction_bias"] = (e,)
+    for name in projections:
+        shapes[f"experts.{name}.weight"] = (e, h, i) if name == "down" else (e, i, h)
+    if config.expert_bias:
+        for name in projections:
+            shapes[f"experts.{name}.bias"] = (e, h) if name == "down" else (e, i)
+    if s:
+        for name in projections:
+            shapes[f"shared.{name}.weight"] = (h, s) if name == "down" else (s, h)
+    if config.shared_gate:
+        shapes["shared_gate.weight"] = (1, h)
+    return shapes
 
 
 def config_key(config: MoEConfig) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .config import DTYPES, MoEConfig
+from .config import DTYPES, MoEConfig, weight_shapes
 from .errors import ConfigError, InputError, MoegenError, WeightsError
 
 Floats = npt.NDArray[np.float64]
@@ -52,28 +52,6 @@ class Routing:
     load_balancing_loss: float
     z_loss: float
     adaptive_loss: float
-
-
-def weight_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of all weights that `config` calls for; projections are [out, in], applied as x @ w.T."""
-    e, h, i, s = config.experts, config.hidden, config.intermediate, config.shared_intermediate
-    projections = ("gate", "up", "down") if config.gated else ("up", "down")
-    shapes: dict[str, tuple[int, ...]] = {"router.weight": (e, h)}
-    if config.router_bias:
-        shapes["router.bias"] = (e,)
-    if config.correction_bias:
-        shapes["router.correction_bias"] = (e,)
-    for name in projections:
-        shapes[f"experts.{name}.weight"] = (e, h, i) if name == "down" else (e, i, h)
-    if config.expert_bias:
-        for name in projections:
-            shapes[f"experts.{name}.bias"] = (e, h) if name == "down" else (e, i)
-    if s:
-        for name in projections:
-            shapes[f"shared.{name}.weight"] = (h, s) if name == "down" else (s, h)
-    if config.shared_gate:
-        shapes["shared_gate.weight"] = (1, h)
-    return shapes
 
 
 # ---------------------------------------------------------------- activations
@@ -168,7 +146,7 @@ def route(config: MoEConfig, weights: Weights, x: npt.ArrayLike, logits: npt.Arr
         choice = _choice_scores(config, weights, z, scores)
         ids = _best(choice, config.top_k, excluded=_excluded(config, choice))
         routing_weights = _routing_weights(config, z, scores, ids)
-        kept = _kept(config, ids)
+        kept = capacity_mask(config, ids)
         load = np.bincount(ids.ravel(), minlength=config.experts).astype(np.int64)
         balance, z_loss, adaptive = _losses(config, z, scores, load)
     return Routing(
@@ -188,6 +166,29 @@ def _logits(config: MoEConfig, weights: Weights, x: Floats) -> Floats:
     return logits + _weight(config, weights, "router.bias") if config.router_bias else logits
 
 
+def margins(config: MoEConfig, weights: Weights, x: npt.ArrayLike) -> Floats:
+    """[T]: how much a token's choice scores (or group scores) may change before its ids or their order could.
+
+    A kernel whose logits are rounded to float32 may decide differently where the margin is below its rounding error.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        z = _logits(config, weights, _matrix("x", x, config.hidden))
+        scores = _sigmoid(z) if config.gating == "sigmoid" else _softmax(z)
+        choice = _choice_scores(config, weights, z, scores)
+        excluded = _excluded(config, choice)
+        allowed = -np.sort(-np.where(excluded, -np.inf, choice), axis=1)[:, : config.top_k + 1]
+        margin = _smallest_step(allowed)
+        if config.n_group > config.topk_group:
+            groups = -np.sort(-_group_scores(config, choice), axis=1)[:, config.topk_group - 1 : config.topk_group + 1]
+            margin = np.minimum(margin, _smallest_step(groups))
+    return margin
+
+
+def _smallest_step(descending: Floats) -> Floats:
+    """[T]: the smallest difference between neighbours of each row; infinite where there are none."""
+    return np.min(-np.diff(descending, axis=1), axis=1, initial=np.inf)
+
+
 def _choice_scores(config: MoEConfig, weights: Weights, logits: Floats, scores: Floats) -> Floats:
     """[T, E] that experts are chosen by; free of NaN, so that every choice is well defined."""
     choice = logits if config.selects_by_logit else scores
@@ -202,11 +203,16 @@ def _excluded(config: MoEConfig, choice: Floats) -> Mask:
     excluded = np.zeros(choice.shape, np.bool_)
     if config.n_group == 1:
         return excluded
-    grouped = choice.reshape(tokens, config.n_group, config.group_size)
-    scored = grouped.max(axis=2) if config.group_score == "max" else np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
-    worst = _best(scored, config.n_group)[:, config.topk_group :]
-    np.put_along_axis(excluded.reshape(grouped.shape), worst[:, :, None], True, axis=1)
+    worst = _best(_group_scores(config, choice), config.n_group)[:, config.topk_group :]
+    np.put_along_axis(excluded.reshape(tokens, config.n_group, config.group_size), worst[:, :, None], True, axis=1)
     return excluded
+
+
+def _group_scores(config: MoEConfig, choice: Floats) -> Floats:
+    """[T, n_group]: the largest choice score of a group, or the sum of its two largest."""
+    grouped = choice.reshape(len(choice), config.n_group, config.group_size)
+    scored: Floats = grouped.max(axis=2) if config.group_score == "max" else np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+    return scored
 
 
 def _best(scores: Floats, count: int, excluded: Mask | None = None) -> npt.NDArray[np.intp]:
@@ -226,7 +232,7 @@ def _routing_weights(config: MoEConfig, logits: Floats, scores: Floats, ids: npt
     return weights * config.routed_scaling
 
 
-def _kept(config: MoEConfig, ids: npt.NDArray[np.intp]) -> Mask:
+def capacity_mask(config: MoEConfig, ids: npt.NDArray[np.intp]) -> Mask:
     chosen = np.zeros((len(ids), config.experts), np.int64)
     np.put_along_axis(chosen, ids, 1, axis=1)
     position = np.cumsum(chosen, axis=0) - 1  # of the token in the expert's queue

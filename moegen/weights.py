@@ -31,9 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import FLOATS, HostArray, as_host_array, to_float32
-from .config import GATED_ACTIVATIONS, MoEConfig
+from .config import GATED_ACTIVATIONS, MoEConfig, weight_shapes
 from .errors import WeightsError
-from .reference import weight_shapes
 from .safetensors import open_safetensors
 
 LAYOUTS = ("output_first", "input_first")

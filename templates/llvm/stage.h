@@ -3,7 +3,7 @@
 #include <dlpack/dlpack.h>
 #include <tvm/ffi/c_api.h>
 
-#include <cstdio>
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <string>
@@ -33,8 +33,9 @@ class Arguments {
  public:
   Arguments& Tensor(const void* data, DLDataType dtype, std::initializer_list<int64_t> shape) {
     std::copy(shape.begin(), shape.end(), shapes_[count_]);
-    tensors_[count_] = {const_cast<void*>(data), {kDLCPU, 0}, static_cast<int32_t>(shape.size()), dtype, shapes_[count_], nullptr, 0};
-    Next(kTVMFFIDLTensorPtr).v_ptr = &tensors_[count_ - 1];
+    DLTensor* tensor = &tensors_[count_];
+    *tensor = {const_cast<void*>(data), {kDLCPU, 0}, static_cast<int32_t>(shape.size()), dtype, shapes_[count_], nullptr, 0};
+    Next(kTVMFFIDLTensorPtr).v_ptr = tensor;
     return *this;
   }
   Arguments& Int(int64_t value) {
@@ -90,17 +91,18 @@ class Given {
     if (t->device.device_type != kDLCPU) throw Bad(what + " must be on the CPU");
     if (t->dtype.bits != bits || t->dtype.lanes != 1) throw Bad(what + " must have elements of " + std::to_string(bits) + " bits");
     if (t->ndim != static_cast<int32_t>(shape.size())) throw Bad(what + " must have " + std::to_string(shape.size()) + " dimensions");
+    bool empty = std::count(shape.begin(), shape.end(), 0) > 0;
     int64_t stride = 1;
     for (int d = t->ndim - 1; d >= 0; --d) {
       int64_t extent = shape.begin()[d];
       if (t->shape[d] != extent) {
         throw Bad(what + ".shape[" + std::to_string(d) + "] is " + std::to_string(t->shape[d]) + ", must be " + std::to_string(extent));
       }
-      if (t->strides != nullptr && extent > 1 && t->strides[d] != stride) throw Bad(what + " must be contiguous");
+      if (t->strides != nullptr && extent > 1 && !empty && t->strides[d] != stride) throw Bad(what + " must be contiguous");
       stride *= extent;
     }
     char* data = static_cast<char*>(t->data) + t->byte_offset;
-    if (stride > 0 && reinterpret_cast<uintptr_t>(data) % alignment != 0) {
+    if (!empty && reinterpret_cast<uintptr_t>(data) % alignment != 0) {
       throw Bad(what + " must be aligned to " + std::to_string(alignment) + " bytes");
     }
     return reinterpret_cast<Type*>(data);

@@ -1,0 +1,438 @@
+"""Running a compiled layer: NumPy and tvm-ffi only, neither compiler nor templates.
+
+`load` checks an artifact and maps its library; `Module.bind` packs weights once; the `Layer` it returns is called.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+from . import arrays
+from .arrays import HostArray
+from .artifact import MANIFEST, Artifact, check_loadable, find_artifact, open_artifact
+from .config import MoEConfig
+from .errors import ArtifactError, InputError
+from .weights import WeightSource, resolve
+
+Array = npt.NDArray[Any]
+LOSSLESS = {"float32": ("float16", "bfloat16"), "bfloat16": (), "float16": ()}
+_KEPT_WORKSPACES = 4
+
+
+class Routing(NamedTuple):
+    """What the router decided for T tokens.
+
+    ids int32 [T, K] and weights float32 [T, K] come as the kind of array that the input was; load int32 [E] counts the tokens
+    that chose each expert, before capacity; dropped counts the choices over capacity. The losses are those of
+    `moegen.reference.Routing`.
+    """
+
+    ids: Any
+    weights: Any
+    load: npt.NDArray[np.int32]
+    dropped: int
+    load_balancing_loss: float
+    adaptive_loss: float
+    z_loss: float
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    store: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    **fields: Any,
+) -> Module:
+    """Loads a compiled layer.
+
+    Args:
+        path: an artifact's folder; when left out, the artifact in the store whose configuration has `fields` is taken.
+        store: the store to search (default: the user's).
+        threads: threads of its layers; None for all processors that this process may use.
+        **fields: configuration fields, e.g. experts=8, top_k=2, hidden=512.
+
+    Raises:
+        ArtifactError: there is none or more than one, it is damaged or made by a newer moegen, or this processor cannot run it.
+    """
+    if path is not None and not os.path.exists(os.path.join(path, MANIFEST)) and os.path.isdir(path) and store is None:
+        path, store = None, path
+    if path is None:
+        artifact = find_artifact(store, **fields)
+    elif fields:
+        raise ArtifactError(f"give either a path or fields to search for, not both ({', '.join(fields)})")
+    else:
+        artifact = open_artifact(path)
+    check_loadable(artifact)
+    return Module(artifact, threads)
+
+
+class Module:
+    """A loaded layer without weights."""
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        self.artifact = artifact
+        self.config: MoEConfig = artifact.config
+        self.threads = _threads(threads)
+        try:
+            self._library = tvm_ffi.load_module(str(artifact.library.resolve()))
+            self.functions = {name: self._library[f"moe_{name}"] for name in _FUNCTIONS}
+        except (RuntimeError, AttributeError, OSError) as error:
+            raise ArtifactError(f"{artifact.name}/{artifact.library.name} cannot be loaded: {_first_line(error)}") from error
+        self._pools: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def bind(
+        self,
+        weights: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        prefix: str = "",
+        layout: str | None = None,
+        gate_up: str | None = None,
+        threads: int | None = None,
+    ) -> Layer:
+        """Packs weights into the layer's own layout, once.
+
+        Args:
+            weights: names to arrays (NumPy, torch, DLPack), or a .safetensors file, its index, or a folder with either. The
+                canonical names and those of the model types that `MoEConfig.from_hf` knows are understood. Weights of another
+                float type are rounded to the layer's, to nearest even.
+            prefix, layout, gate_up: as in `moegen.weights.resolve`.
+            threads: threads of this layer; None for the module's.
+
+        Raises:
+            WeightsError: a weight is missing, superfluous, or of the wrong shape or dtype.
+        """
+        source = resolve(self.config, weights, prefix, layout, gate_up)
+        count = self.threads if threads is None else _threads(threads)
+        return Layer(self, pack(self, source, count), count)
+
+    def pool(self, threads: int) -> int:
+        """The library's pool of so many threads, made when first asked for and shared by the module's layers."""
+        with self._lock:
+            if threads not in self._pools:
+                self._pools[threads] = handle = self.functions["pool"](threads)
+                weakref.finalize(self, self.functions["pool_free"], handle)
+            return self._pools[threads]
+
+    def __repr__(self) -> str:
+        return f"Module({self.artifact.name})"
+
+
+_FUNCTIONS = ("forward", "route", "experts", "workspace_bytes", "pack", "pool", "pool_free")
+
+
+class Layer:
+    """A compiled layer with its weights; safe to call from several threads at once.
+
+    Inputs are [T, H] or [batch, sequence, H] of the layer's dtype, as NumPy arrays, torch tensors or anything with DLPack in
+    CPU memory; a float16 or bfloat16 input of a float32 layer is widened. Results come as the kind of array that came in.
+    The same input gives bitwise the same output, whatever the number of threads and whatever the other tokens of the batch.
+    A NaN in a token makes that token's output NaN and touches no other.
+    """
+
+    def __init__(self, module: Module, packed: Array, threads: int) -> None:
+        self.module = module
+        self.config = module.config
+        self.threads = threads
+        self._packed = packed
+        self._functions = module.functions
+        self._pool = module.pool(threads)
+        self._workspaces: list[Array] = []
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return int(self._packed.nbytes)
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """Bytes of scratch memory that a call with T=`tokens` uses.
+
+        Raises:
+            InputError: more tokens than the layer takes, or fewer than none.
+        """
+        limit = int(self.module.artifact.manifest["max_tokens"])
+        if not 0 <= tokens <= limit:
+            raise InputError(f"tokens={tokens} must be between 0 and {limit}")
+        return int(self._functions["workspace_bytes"](tokens))
+
+    def __call__(self, x: Any, *, return_routing: bool = False, jitter: Any = None) -> Any:
+        """The layer's output, of x's shape.
+
+        Args:
+            x: [T, H] or [batch, sequence, H].
+            return_routing: return (output, `Routing`).
+            jitter: factors of x's shape that multiply the router's input only (Switch's jitter, drawn by the caller).
+
+        Raises:
+            InputError: the wrong shape, dtype or device.
+        """
+        rows = self._rows(x, "x")
+        out = arrays.empty_aligned(rows.data.shape, self.config.dtype)
+        routing = self._forward(rows, out, self._jittered(rows, jitter), return_routing)
+        y = arrays.like_input(out.reshape(rows.shape), self.config.dtype, x)
+        return (y, _as_input(routing, x)) if routing is not None else y
+
+    def forward_into(self, x: Any, out: Any, *, jitter: Any = None) -> None:
+        """Writes the layer's output for `x` into `out`, which has x's shape and the layer's dtype.
+
+        Raises:
+            InputError: the wrong shape, dtype or device, or `out` is read-only.
+        """
+        rows = self._rows(x, "x")
+        to = arrays.as_host_array(out, "out")
+        if to.dtype != self.config.dtype:
+            raise InputError(f"out has dtype {to.dtype}, the layer writes {self.config.dtype}")
+        if to.shape != rows.shape:
+            raise InputError(f"out has shape {list(to.shape)}, x has {list(rows.shape)}")
+        if not to.data.flags.writeable:
+            raise InputError("out is read-only")
+        flat = rows.data.shape
+        usable = to.data.flags.c_contiguous and arrays.is_aligned(to.data) and not np.may_share_memory(to.data, rows.data)
+        target = to.data.reshape(flat) if usable else arrays.empty_aligned(flat, self.config.dtype)
+        self._forward(rows, target, self._jittered(rows, jitter), False)
+        if not usable:
+            to.data[...] = target.reshape(rows.shape)
+
+    def route(self, x: Any, *, jitter: Any = None) -> Routing:
+        """The router alone.
+
+        Raises:
+            InputError: the wrong shape, dtype or device.
+        """
+        rows = self._rows(x, "x")
+        jittered = self._jittered(rows, jitter)
+        made = self._empty_routing(len(rows.data))
+        workspace = self._take(len(rows.data))
+        ids, weights, load, stats = made
+        source = rows.data if jittered is None else jittered
+        self._functions["route"](_plain(source), self._packed, workspace, self._pool, ids, weights, load, stats)
+        self._give(workspace)
+        return _as_input(_routing(made), x)
+
+    def experts(self, x: Any, ids: Any, weights: Any) -> Any:
+        """The routed experts alone, with anybody's routing; capacity applies, the shared expert does not.
+
+        Args:
+            x: [T, H] or [batch, sequence, H].
+            ids: integers [T, K] in [0, E).
+            weights: floats [T, K].
+
+        Raises:
+            InputError: the wrong shape, dtype or device, or an id out of range.
+        """
+        rows = self._rows(x, "x")
+        tokens = len(rows.data)
+        chosen = self._ids(ids, tokens)
+        factors = _ready(arrays.to_float32(self._shaped(weights, "weights", tokens)))
+        out = arrays.empty_aligned(rows.data.shape, self.config.dtype)
+        workspace = self._take(tokens)
+        self._functions["experts"](_plain(rows.data), _plain(chosen), _plain(factors), out, self._packed, workspace, self._pool)
+        self._give(workspace)
+        return arrays.like_input(out.reshape(rows.shape), self.config.dtype, x)
+
+    # ---------------------------------------------------------------- inside
+
+    def _forward(self, rows: _Rows, out: Array, jittered: Array | None, with_routing: bool) -> Routing | None:
+        made = self._empty_routing(len(rows.data)) if with_routing else (None, None, None, None)
+        workspace = self._take(len(rows.data))
+        router_input = None if jittered is None else _plain(jittered)
+        self._functions["forward"](_plain(rows.data), router_input, out, self._packed, workspace, self._pool, *made)
+        self._give(workspace)
+        return _routing(made) if with_routing else None
+
+    def _rows(self, x: Any, name: str) -> _Rows:
+        """`x` as aligned rows [T, H] of the layer's dtype, copied only where it has to be."""
+        given = arrays.as_host_array(x, name)
+        hidden, dtype = self.config.hidden, self.config.dtype
+        if len(given.shape) not in (2, 3) or given.shape[-1] != hidden:
+            raise InputError(f"{name} has shape {list(given.shape)}, expected [T, {hidden}] or [batch, sequence, {hidden}]")
+        data = given.data
+        if given.dtype != dtype:
+            if given.dtype not in LOSSLESS[dtype]:
+                raise InputError(f"{name} has dtype {given.dtype}, this layer takes {dtype}: convert it first")
+            data = arrays.to_storage(given, dtype)
+        tokens = data.size // hidden
+        if tokens > (limit := int(self.module.artifact.manifest["max_tokens"])):
+            raise InputError(f"{name} has {tokens} tokens; this layer takes at most {limit}")
+        return _Rows(_ready(data).reshape(tokens, hidden), given.shape)
+
+    def _jittered(self, rows: _Rows, jitter: Any) -> Array | None:
+        if jitter is None:
+            return None
+        given = arrays.as_host_array(jitter, "jitter")
+        if given.shape != rows.shape:
+            raise InputError(f"jitter has shape {list(given.shape)}, x has {list(rows.shape)}")
+        x = arrays.to_float32(HostArray(rows.data, self.config.dtype))
+        product = x * arrays.to_float32(given).reshape(x.shape)
+        return _ready(arrays.to_storage(HostArray(product, "float32"), self.config.dtype))
+
+    def _shaped(self, value: Any, name: str, tokens: int) -> HostArray:
+        given = arrays.as_host_array(value, name)
+        if given.shape != (tokens, self.config.top_k):
+            raise InputError(f"{name} has shape {list(given.shape)}, expected [{tokens}, {self.config.top_k}]")
+        return given
+
+    def _ids(self, ids: Any, tokens: int) -> Array:
+        given = self._shaped(ids, "ids", tokens)
+        if given.data.dtype.kind not in "iu" or given.dtype == "bfloat16":
+            raise InputError(f"ids must be integers, not {given.dtype}")
+        outside = (given.data < 0) | (given.data >= self.config.experts)
+        if outside.any():
+            t, k = (int(i) for i in np.argwhere(outside)[0])
+            raise InputError(f"ids[{t}, {k}]={int(given.data[t, k])} must be between 0 and {self.config.experts - 1}")
+        return _ready(given.data.astype(np.int32, copy=False))
+
+    def _empty_routing(self, tokens: int) -> tuple[Array, Array, Array, Array]:
+        shape = (tokens, self.config.top_k)
+        return (
+            arrays.empty_aligned(shape, np.int32),
+            arrays.empty_aligned(shape, np.float32),
+            arrays.empty_aligned(self.config.experts, np.int32),
+            arrays.empty_aligned(4, np.float64),
+        )
+
+    def _take(self, tokens: int) -> Array:
+        """A workspace that no other call uses."""
+        needed = self.workspace_bytes(tokens)
+        try:
+            kept = self._workspaces.pop()
+        except IndexError:
+            kept = None
+        return kept if kept is not None and kept.nbytes >= needed else arrays.empty_aligned(needed, np.uint8)
+
+    def _give(self, workspace: Array) -> None:
+        if len(self._workspaces) < _KEPT_WORKSPACES:
+            self._workspaces.append(workspace)
+
+    def __repr__(self) -> str:
+        return f"Layer({self.module.artifact.name}, threads={self.threads})"
+
+
+class _Rows(NamedTuple):
+    """Rows [T, H] and the shape that they came in."""
+
+    data: Array
+    shape: tuple[int, ...]
+
+
+def pack(module: Module, source: WeightSource, threads: int, experts: Iterable[int] | None = None) -> Array:
+    """All weights (or only those of some experts) in the layer's packed layout, as one aligned buffer."""
+    packer = _Packer(module, arrays.empty_aligned(int(module.artifact.manifest["packed_bytes"]), np.uint8), threads)
+    packer.router(source)
+    packer.experts(source, range(module.config.experts) if experts is None else experts)
+    packer.shared(source)
+    return packer.blob
+
+
+def pack_router(layer: Layer, source: WeightSource) -> None:
+    """Replaces the router of a bound layer; no call may be under way."""
+    _Packer(layer.module, layer._packed, layer.threads).router(source)
+
+
+class _Packer:
+    """Writes weights into the segments of one packed buffer."""
+
+    def __init__(self, module: Module, blob: Array, threads: int) -> None:
+        self.module, self.config, self.blob = module, module.config, blob
+        self.pool = module.pool(threads)
+        self.segments = {segment["name"]: (index, segment) for index, segment in enumerate(module.artifact.manifest["segments"])}
+
+    def write(self, name: str, expert: int, *parts: HostArray | None) -> None:
+        index, segment = self.segments[name]
+        stored = [_plain(arrays.to_storage(part, segment["dtype"])) for part in parts if part is not None]
+        self.module.functions["pack"](self.blob, index, expert, stored[0], stored[1] if len(stored) > 1 else None, self.pool)
+
+    def router(self, source: WeightSource) -> None:
+        router, config = source.router(), self.config
+        shared = source.shared() or {}
+        weight = _present(router["weight"])
+        self.write("router", 0, _stack([weight, shared["shared_gate"]]) if config.shared_gate else weight)
+        if config.router_bias:
+            bias = arrays.to_float32(_present(router["bias"]))
+            self.write("router_bias", 0, HostArray(np.pad(bias, (0, int(config.shared_gate))), "float32"))
+        if config.correction_bias:
+            offset = int(self.segments["correction_bias"][1]["offset_bytes"])
+            correction = arrays.to_float32(_present(router["correction_bias"]))
+            self.blob[offset : offset + correction.nbytes].view(np.float32)[...] = correction
+
+    def experts(self, source: WeightSource, experts: Iterable[int]) -> None:
+        for e in experts:
+            expert = source.expert(e)
+            self.write("up", e, expert.get("gate"), expert["up"])
+            self.write("down", e, expert["down"])
+            if self.config.expert_bias:
+                self.write("up_bias", e, expert.get("gate_bias"), expert["up_bias"])
+                self.write("down_bias", e, expert["down_bias"])
+
+    def shared(self, source: WeightSource) -> None:
+        if shared := source.shared():
+            self.write("shared_up", 0, shared.get("gate"), shared["up"])
+            self.write("shared_down", 0, shared["down"])
+
+
+def _stack(rows: list[HostArray]) -> HostArray:
+    return HostArray(np.concatenate([arrays.to_float32(r) for r in rows]), "float32")
+
+
+def _present(array: HostArray | None) -> HostArray:
+    assert array is not None
+    return array
+
+
+def _ready(data: Array) -> Array:
+    """`data` itself when it is contiguous and aligned, an aligned copy otherwise."""
+    if data.flags.c_contiguous and (arrays.is_aligned(data) or data.size == 0):
+        return data
+    copy = arrays.empty_aligned(data.shape, data.dtype)
+    copy[...] = data
+    return copy
+
+
+class _Alias:
+    """The memory of a read-only array, to pass on to code that only reads it; DLPack refuses read-only arrays."""
+
+    def __init__(self, array: Array) -> None:
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+        self.owner = array
+
+
+def _plain(array: Array) -> Array:
+    return array if array.flags.writeable else np.asarray(_Alias(array))
+
+
+def _routing(made: Any) -> Routing:
+    ids, weights, load, stats = made
+    dropped, balance, adaptive, z = (float(value) for value in stats)
+    return Routing(ids, weights, load, int(dropped), balance, adaptive, z)
+
+
+def _as_input(routing: Routing, x: Any) -> Routing:
+    """The routing with ids and weights as the kind of array that `x` is."""
+    ids = arrays.like_input(routing.ids, "int32", x)
+    return routing._replace(ids=ids, weights=arrays.like_input(routing.weights, "float32", x))
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(usable, 1024)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise InputError(f"threads={threads!r} must be an integer between 1 and 1024")
+    return threads
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+__all__ = ["Layer", "Module", "Routing", "load"]

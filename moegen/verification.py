@@ -1,0 +1,223 @@
+"""The numerical proof: a compiled module against the float64 reference, on fresh random inputs with poisoned outputs.
+
+Experts may be too many for a float64 copy of all, so that the proof draws a number of distinct experts and gives expert e the
+weights of distinct expert e % n: every expert's weights are packed and every expert is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import arrays, reference
+from .arrays import HostArray
+from .artifact import Artifact, check_loadable, open_artifact
+from .config import weight_shapes
+from .runtime import Layer, Module, Routing, pack, pack_router
+from .weights import WeightSource
+
+TOKENS = (0, 1, 2, 17, 300)
+ROUTINGS = ("uniform", "skewed", "all_to_one", "empty_experts", "ties")
+RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 5e-3, "float16": 5e-3}
+ELEMENTWISE = {"float32": 3e-5, "bfloat16": 1e-2, "float16": 2e-3}
+ROUTING_TOLERANCE = 2e-5
+DISTINCT_WEIGHTS = 24_000_000
+WHOLE_BLOB_BYTES = 4 << 30
+
+Array = npt.NDArray[Any]
+
+
+def verify(artifact: Artifact | str | os.PathLike[str], seed: int | None = None, threads: int | None = None) -> dict[str, Any]:
+    """Runs the proof.
+
+    Args:
+        artifact: the artifact or its folder.
+        seed: seed of weights and inputs; None draws one, which the report names.
+        threads: threads of the layer.
+
+    Returns:
+        `status` "passed" or "failed", the seed, the bounds, the worst errors, the failures as sentences, and one entry per case:
+        routing, T, relative L2, the largest |error| / (|expected| + rms of the token), tokens whose routing is a near tie.
+
+    Raises:
+        ArtifactError: it cannot be loaded.
+    """
+    made = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
+    check_loadable(made)
+    drawn = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+    start = time.perf_counter()
+    proof = _Proof(Module(made, threads), np.random.default_rng(drawn))
+    cases = [proof.case(routing, tokens) for routing in ROUTINGS for tokens in TOKENS]
+    failures = [f"{c['routing']} routing, T={c['tokens']}: {reason}" for c in cases for reason in c.pop("failed")]
+    return {
+        "status": "failed" if failures else "passed",
+        "seed": drawn,
+        "bounds": {"relative_l2": RELATIVE_L2[made.config.dtype], "elementwise": ELEMENTWISE[made.config.dtype]},
+        "worst_relative_l2": max(c["relative_l2"] for c in cases),
+        "worst_elementwise": max(c["elementwise"] for c in cases),
+        "distinct_experts": proof.small.experts,
+        "seconds": round(time.perf_counter() - start, 2),
+        "failures": failures,
+        "cases": cases,
+    }
+
+
+class _Proof:
+    """One module with random weights, and the reference on the same weights."""
+
+    def __init__(self, module: Module, rng: np.random.Generator) -> None:
+        self.module, self.rng, self.config = module, rng, module.config
+        c = self.config
+        per_expert = c.hidden * c.intermediate * (3 if c.gated else 2)
+        distinct = min(c.experts, max(c.top_k, DISTINCT_WEIGHTS // per_expert, 2))
+        self.small = dataclasses.replace(c, experts=distinct, n_group=1, topk_group=1)
+        self.weights = reference.random_weights(self.small, rng)
+        self.router = {
+            name: reference.round_to_dtype(
+                rng.standard_normal(shape) * (c.hidden**-0.5 if name.endswith("weight") else 0.1),
+                "float32" if "correction" in name else c.dtype,
+            )
+            for name, shape in weight_shapes(c).items()
+            if name.startswith("router.")
+        }
+        self.distinct_of = np.arange(c.experts) % distinct
+        packed_bytes = int(module.artifact.manifest["packed_bytes"])
+        self.filled = range(c.experts if packed_bytes <= WHOLE_BLOB_BYTES else distinct)
+        self.layer = Layer(module, pack(module, self._source(self.router), module.threads, self.filled), module.threads)
+
+    def _source(self, router: dict[str, Array]) -> WeightSource:
+        """All E experts, of which only some are distinct."""
+        c = self.config
+        stored: dict[str, HostArray | list[HostArray]] = {name: HostArray(value, "float32") for name, value in router.items()}
+        for name, value in self.weights.items():
+            array = HostArray(arrays.to_storage(HostArray(value, "float32"), c.dtype), c.dtype)
+            if name.startswith("experts."):
+                stored[name] = [HostArray(array.data[e], c.dtype) for e in self.distinct_of]
+            elif not name.startswith("router."):
+                stored[name] = array
+        return WeightSource(c, stored)
+
+    def case(self, routing: str, tokens: int) -> dict[str, Any]:
+        """One case; its entry `failed` lists what was out of bounds."""
+        router = self._router(routing)
+        pack_router(self.layer, self._source(router))
+        x = self.rng.standard_normal((tokens, self.config.hidden))
+        x[:, 0] = 1.0  # the lever of `_router`
+        x = reference.round_to_dtype(x, self.config.dtype)
+        given = HostArray(arrays.to_storage(HostArray(x, "float32"), self.config.dtype), self.config.dtype)
+        out = HostArray(_poisoned(given.shape, self.config.dtype), self.config.dtype)
+        self.layer.forward_into(given, out)
+        again, got = self.layer(given, return_routing=True)
+        failed: list[str] = []
+        expected, near = self._routing(routing, router, x, got, failed)
+        y = self._output(x, expected)
+        l2, elementwise = _errors(arrays.to_float32(out).astype(np.float64), y)
+        bounds = RELATIVE_L2[self.config.dtype], ELEMENTWISE[self.config.dtype]
+        if not l2 <= bounds[0]:
+            failed.append(f"relative L2 error {l2:.2e} is above {bounds[0]:.0e}")
+        if not elementwise <= bounds[1]:
+            failed.append(f"elementwise error {elementwise:.2e} is above {bounds[1]:.0e}")
+        if not np.array_equal(again.data, out.data):
+            failed.append("two calls with the same input differ")
+        return {
+            "routing": routing,
+            "tokens": tokens,
+            "relative_l2": l2,
+            "elementwise": elementwise,
+            "near_ties": int(near),
+            "failed": failed,
+        }
+
+    def _router(self, routing: str) -> dict[str, Array]:
+        """Router weights that bring about a kind of routing: the first input is 1, so the first column shifts the logits."""
+        router, c = dict(self.router), self.config
+        weight = router["router.weight"] = router["router.weight"].copy()
+        order = self.rng.permutation(c.experts)
+        if routing == "ties":
+            weight[...] = weight[0]
+            router |= {name: np.full_like(v, v[0]) for name, v in router.items() if v.ndim == 1}
+        elif routing == "skewed":
+            weight[order, 0] = np.linspace(3.0, -3.0, c.experts)
+        elif routing == "all_to_one":
+            weight[order, 0] = np.where(np.arange(c.experts) < c.top_k, 6.0, -6.0)
+        elif routing == "empty_experts":
+            weight[order, 0] = np.where(np.arange(c.experts) < max(c.top_k, c.experts // 2), 0.0, -6.0)
+        router["router.weight"] = reference.round_to_dtype(weight, c.dtype)
+        return router
+
+    def _routing(
+        self, routing: str, router: dict[str, Array], x: Array, got: Routing, failed: list[str]
+    ) -> tuple[reference.Routing, int]:
+        """The routing to compute the expected output with, and the number of near ties, where the module's choice stands."""
+        logits = None
+        if routing == "ties":  # float64 products of equal rows may differ in the last bit
+            logits = np.repeat(_logits_of_first(router, x), self.config.experts, axis=1)
+        expected = reference.route(self.config, router, x, logits)
+        tolerance = ROUTING_TOLERANCE * (1 + np.abs(logits_of(router, x)).max(initial=0.0))
+        near = np.zeros(len(x), bool) if routing == "ties" else reference.margins(self.config, router, x) < tolerance
+        ids, weights = np.asarray(got.ids.data), np.asarray(got.weights.data, np.float64)
+        if not np.array_equal(ids[~near], expected.ids[~near]):
+            failed.append("expert ids differ from the reference")
+        if not _close(weights[~near], expected.weights[~near]):
+            failed.append("routing weights differ from the reference")
+        if near.any():
+            merged = np.where(near[:, None], ids, expected.ids)
+            kept = reference.capacity_mask(self.config, merged)
+            factors = np.where(near[:, None], weights, expected.weights)
+            expected = dataclasses.replace(expected, ids=merged, weights=factors, kept=kept)
+        else:
+            self._counts(expected, got, failed)
+        return expected, int(near.sum())
+
+    def _counts(self, expected: reference.Routing, got: Routing, failed: list[str]) -> None:
+        if not np.array_equal(got.load, expected.load) or got.dropped != expected.dropped:
+            failed.append(f"tokens per expert or dropped choices ({got.dropped}, expected {expected.dropped}) differ")
+        for name in ("load_balancing_loss", "adaptive_loss", "z_loss"):
+            if not _close(np.float64(getattr(got, name)), np.float64(getattr(expected, name))):
+                failed.append(f"{name} is {getattr(got, name)}, expected {getattr(expected, name)}")
+
+    def _output(self, x: Array, routing: reference.Routing) -> Array:
+        kept = routing.kept & np.isin(routing.ids, np.asarray(self.filled))
+        y = reference.experts(self.small, self.weights, x, self.distinct_of[routing.ids], routing.weights, kept)
+        if not self.config.shared_intermediate:
+            return y
+        part = reference.shared(self.small, self.weights, x)
+        return y + part
+
+
+def logits_of(router: dict[str, Array], x: Array) -> Array:
+    """float64 logits [T, E]."""
+    logits: Array = x.astype(np.float64) @ router["router.weight"].astype(np.float64).T
+    return logits + router["router.bias"] if "router.bias" in router else logits
+
+
+def _logits_of_first(router: dict[str, Array], x: Array) -> Array:
+    return logits_of({name: value[:1] for name, value in router.items()}, x)
+
+
+def _close(a: Any, b: Any) -> bool:
+    return bool(np.allclose(a, b, rtol=ROUTING_TOLERANCE * 5, atol=1e-9))
+
+
+def _errors(y: Array, expected: Array) -> tuple[float, float]:
+    """(relative L2, largest |error| / (|expected| + rms of the token)); infinite when anything is not finite."""
+    if not y.size:
+        return 0.0, 0.0
+    error = y - expected
+    if not np.isfinite(error).all():
+        return np.inf, np.inf
+    norm = float(np.linalg.norm(expected))
+    rms = np.sqrt(np.mean(expected**2, axis=1, keepdims=True))
+    scale = np.abs(expected) + np.maximum(rms, 1e-3 * np.sqrt(np.mean(expected**2)))
+    return float(np.linalg.norm(error)) / max(norm, 1e-30), float((np.abs(error) / np.maximum(scale, 1e-30)).max())
+
+
+def _poisoned(shape: tuple[int, ...], dtype: str) -> Array:
+    out = arrays.empty_aligned(shape, dtype)
+    out.view(np.uint8)[...] = 0xFF  # NaN in all three types
+    return out
