@@ -1,0 +1,42 @@
+"""Fixtures that several test files share: a store for the session and modules built into it, once per configuration."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moegen
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files of the emission tests")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One store for the session, shared by the processes of pytest-xdist (building twice at once is safe)."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
+
+
+@pytest.fixture(scope="session")
+def built(store: pathlib.Path) -> Callable[..., moegen.Artifact]:
+    """Builds a layer into the session's store, or finds it there: built(experts=4, top_k=2, hidden=64, ...)."""
+
+    def build(mcpu: str | None = None, verify: bool = True, **fields: Any) -> moegen.Artifact:
+        return moegen.build(moegen.MoEConfig(**fields), out=store, mcpu=mcpu, verify=verify)
+
+    return build
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fresh random numbers; the seed is printed when a test fails."""
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"rng seed {seed}")
+    return np.random.default_rng(seed)
