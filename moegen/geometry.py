@@ -14,6 +14,7 @@ from .config import MoEConfig
 
 VECTORS = 2
 ROW_CHUNK = 16
+ROUTER_K_BLOCK = 128  # short sums: a logit's rounding error decides near ties and is multiplied by exp()
 ALIGNMENT_BYTES = 64
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -111,8 +112,11 @@ class Geometry:
     @property
     def router(self) -> Product:
         """Logits of all experts; the shared expert's gate is one more column."""
-        c = self.config
-        return _first(1, c.hidden, c.experts + int(c.shared_gate), False, self.tiling)
+        c, lanes = self.config, self.tiling.lanes
+        n = c.experts + int(c.shared_gate)
+        chunks = self.up.k_chunks  # the same gathered rows feed both products
+        blocks = next(b for b in range(1, chunks + 1) if chunks % b == 0 and chunks // b * ROW_CHUNK <= ROUTER_K_BLOCK)
+        return Product(1, c.hidden, ROW_CHUNK, chunks, blocks, n, _ceil_div(n, VECTORS * lanes), lanes, False)
 
     @property
     def up(self) -> Product:

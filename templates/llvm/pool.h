@@ -4,6 +4,7 @@
 // Which thread computes a task never changes its result. A region that finds the pool busy runs on its caller alone.
 #pragma once
 #include <sched.h>
+#include <tvm/ffi/c_api.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -37,11 +38,12 @@ class Pool {
  public:
   explicit Pool(int threads) : threads_(threads) { Start(); }
 
+  // Ends the workers; in a forked child, where they do not exist and their locks cannot be destroyed, the pool is abandoned.
+  static void Free(Pool* pool) {
+    if (getpid() == pool->pid_) delete pool;
+  }
+
   ~Pool() {
-    if (getpid() != pid_) {  // a forked child has no workers to join
-      for (auto* worker : workers_) (void)worker;
-      return;
-    }
     stop_.store(true);
     { std::lock_guard<std::mutex> lock(sleep_mutex_); }
     wake_.notify_all();
@@ -242,8 +244,16 @@ extern void* __TVMBackendParallelLaunch;
 extern void* __TVMBackendAllocWorkspace __attribute__((weak));
 extern void* __TVMBackendFreeWorkspace __attribute__((weak));
 
-static int MoegenLaunch(moegen::Task task, void* closure, int) { return moegen::Launch(task, closure, moegen::region.tasks); }
-static void* MoegenAlloc(int, int, uint64_t bytes, int, int) { return moegen::scratch.Take(bytes); }
+static int MoegenLaunch(moegen::Task task, void* closure, int) {
+  int rc = moegen::Launch(task, closure, moegen::region.tasks);
+  if (rc != 0) TVMFFIErrorSetRaisedFromCStr("MemoryError", "a compiled stage found no memory");
+  return rc;
+}
+static void* MoegenAlloc(int, int, uint64_t bytes, int, int) {
+  void* data = moegen::scratch.Take(bytes);
+  if (data == nullptr) TVMFFIErrorSetRaisedFromCStr("MemoryError", "a compiled stage found no memory");
+  return data;
+}
 static int MoegenFree(int, int, void* data) { return moegen::scratch.Give(data); }
 }
 
