@@ -56,7 +56,30 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "BuildError",
+    "ConfigError",
+    "InputError",
+    "Layer",
+    "MoEConfig",
+    "Module",
+    "MoegenError",
+    "Routing",
+    "ScheduleError",
+    "TargetError",
+    "VerificationError",
+    "WeightsError",
+    "__version__",
+    "build",
+    "build_many",
+    "find_artifact",
+    "list_artifacts",
+    "load",
+    "open_artifact",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 """Artifacts on disk: one folder per compiled layer, published atomically, checked before anything of it is mapped.
 
-    <store>/<name>/manifest.json   what it is: schema, configuration, target, functions, weight layout, checksums
-                   moe.so          the self-contained library
-                   te_source.py    the tensor-expression module it was compiled from
-                   verification.json  the numerical proof
+<store>/<name>/manifest.json   what it is: schema, configuration, target, functions, weight layout, checksums
+               moe.so          the self-contained library
+               te_source.py    the tensor-expression module it was compiled from
+               verification.json  the numerical proof
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -89,7 +88,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     manifest = _read_json(folder / MANIFEST)
     schema = manifest.get("schema_version")
     if isinstance(schema, int) and schema > SCHEMA_VERSION:
-        raise ArtifactError(f"{folder.name} has schema {schema}, newer than the {SCHEMA_VERSION} that this moegen reads: upgrade moegen")
+        raise ArtifactError(f"{folder.name} has schema {schema}, newer than this moegen reads ({SCHEMA_VERSION}): upgrade it")
     damaged = f"{folder.name}/{MANIFEST} is damaged: build the artifact again"
     if any(name not in manifest for name in _REQUIRED) or manifest.get("manifest_sha256") != manifest_digest(manifest):
         raise ArtifactError(damaged)
@@ -195,7 +194,7 @@ def find_artifact(store: str | os.PathLike[str] | None = None, **fields: Any) ->
         raise ArtifactError(f"no artifact in {str(folder)!r} has {wanted}; there is: {there}; `moegen build` makes one")
     runnable = [a for a in fitting if a.target.arch == host_arch() and not missing_features(a.target)] or fitting
     if len({a.config for a in runnable}) > 1:
-        raise ArtifactError(f"{len(runnable)} artifacts have {wanted}: say more fields, or load one by its path: {_listing(runnable)}")
+        raise ArtifactError(f"{len(runnable)} artifacts have {wanted}: say more fields or load one by path: {_listing(runnable)}")
     return max(runnable, key=lambda a: (len(a.target.features), str(a.manifest.get("created", ""))))
 
 
@@ -215,7 +214,7 @@ def unpublished(store: pathlib.Path) -> Iterator[pathlib.Path]:
         for leftover in store.glob(f"{_TEMPORARY}*"):
             if not _alive(leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
-        folder = store / f"{_TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        folder = store / f"{_TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}"
         folder.mkdir()
     except OSError as error:
         raise ArtifactError(f"cannot write to {str(store)!r}: {error.strerror}") from error
@@ -260,7 +259,7 @@ def publish(folder: pathlib.Path, final: pathlib.Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            old = final.with_name(f"{_TEMPORARY}{os.getpid()}-old-{uuid.uuid4().hex[:8]}")
+            old = final.with_name(f"{_TEMPORARY}{os.getpid()}-old-{os.urandom(4).hex()}")
             with contextlib.suppress(FileNotFoundError):
                 os.rename(final, old)
             shutil.rmtree(old, ignore_errors=True)

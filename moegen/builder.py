@@ -1,7 +1,7 @@
 """Building: a configuration in, a compiled, verified artifact out.
 
-    configuration -> geometry -> emitted TE -> scheduled TIR -> object ┐
-                              -> generated C++ host ───────────────────┴-> one library -> proof -> published folder
+configuration -> geometry -> emitted TE -> scheduled TIR -> object ┐
+                          -> generated C++ host ───────────────────┴-> one library -> proof -> published folder
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .builder import Outcome, Plan
 
 INTERRUPTED = 130
+TRACEBACK = "MOEGEN_TRACEBACK"
 TARGETS = ("llvm", "cuda")
 LISTED = ("experts", "top_k", "hidden", "intermediate")
 CHOICES = {
@@ -50,6 +51,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
         except MoegenError as error:
             _fail(str(error))
         except KeyboardInterrupt:
@@ -59,6 +62,11 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:  # whoever read our output has left: click ends quietly
                 raise
             _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+        except Exception as error:  # a bug of ours or of the compiler: still a sentence, the rest for those who ask
+            if os.environ.get(TRACEBACK):
+                raise
+            last = (str(error).strip().splitlines() or ["no message"])[-1]
+            _fail(f"unexpected {type(error).__name__}: {last} ({TRACEBACK}=1 shows where)")
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -10,13 +10,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import hf
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 DTYPES = ("float32", "bfloat16", "float16")
 GATED_ACTIVATIONS = ("swiglu", "reglu", "geglu", "geglu_tanh", "swiglu_clamped")
@@ -117,7 +118,8 @@ class MoEConfig:
         reachable = self.topk_group * self.group_size
         if self.top_k > reachable:
             raise ConfigError(
-                f"top_k={self.top_k} is more than the {reachable} experts in topk_group={self.topk_group} groups of {self.group_size}"
+                f"top_k={self.top_k} is more than the {reachable} experts in topk_group={self.topk_group} groups "
+                f"of {self.group_size}"
             )
         if self.n_group > 1 and self.group_score == "top2_sum" and self.group_size < 2:
             raise ConfigError(
@@ -158,6 +160,8 @@ class MoEConfig:
     @property
     def capacity_per_token(self) -> Fraction:
         """capacity_factor * K / E, exact: a factor of 1.1 means 11/10, so that ceil() never sees a rounding error."""
+        from fractions import Fraction  # here, because only layers with a capacity need it
+
         return Fraction(str(self.capacity_factor)) * self.top_k / self.experts
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,6 +193,8 @@ class MoEConfig:
         Raises:
             ConfigError: the model type is unknown, or a field asks for what moegen cannot honour.
         """
+        from . import hf  # here, because loading an artifact should not pay for reading model configurations
+
         return cls(**hf.fields_from_hf(source))
 
     def __str__(self) -> str:
@@ -203,10 +209,12 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
         value = value.item()
     if declared.endswith("| None") and value is None:
         return None
-    kinds = {"bool": (bool,), "int": (int,), "str": (str,)}.get(declared, (int, float))
-    if isinstance(value, kinds) and isinstance(value, bool) == (declared == "bool"):
+    exact = {"bool": bool, "int": int, "str": str}.get(declared)
+    if exact is not None and type(value) is exact:
+        return value
+    if exact is None and type(value) in (int, float):
         try:
-            return float(value) if kinds == (int, float) else value
+            return float(value)
         except OverflowError:
             raise ConfigError(f"{field.name} is too large for a float") from None
     raise ConfigError(f"{field.name}={value!r} must be of type {declared}, not {type(value).__name__}")

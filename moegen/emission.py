@@ -38,33 +38,41 @@ def te_source(geometry: Geometry, target: Target) -> str:
     ffns: list[tuple[str, Product, Product]] = [("expert", geometry.up, geometry.down)]
     if config.shared_intermediate:
         ffns.append(("shared", geometry.shared_up, geometry.shared_down))
-    return _environment().get_template("te/module.py.jinja").render(
-        title=_title(config),
-        version=__version__,
-        target=str(target),
-        config=config,
-        tiling=geometry.tiling,
-        config_literal=pprint.pformat(config.to_dict(), sort_dicts=False, width=120),
-        tiling_literal=repr(_tiling_dict(geometry)),
-        functions=_functions(config),
-        gated_call=GATED_CALLS.get(config.activation, ("", ""))[1],
-        ffns=ffns,
-        router=geometry.router,
-        out=geometry.down,
+    return (
+        _environment()
+        .get_template("te/module.py.jinja")
+        .render(
+            title=_title(config),
+            version=__version__,
+            target=str(target),
+            config=config,
+            tiling=geometry.tiling,
+            config_literal=pprint.pformat(config.to_dict(), sort_dicts=False, width=120),
+            tiling_literal=repr(_tiling_dict(geometry)),
+            functions=_functions(config),
+            gated_call=GATED_CALLS.get(config.activation, ("", ""))[1],
+            ffns=ffns,
+            router=geometry.router,
+            out=geometry.down,
+        )
     )
 
 
 def host_source(geometry: Geometry, stages: list[str]) -> str:
     """The C++ host that runs the compiled stages in order and exports the layer's entry points."""
-    return _environment().get_template("llvm/host.cc.jinja").render(
-        title=_title(geometry.config),
-        version=__version__,
-        config=geometry.config,
-        tiling=geometry.tiling,
-        geometry=geometry,
-        segments={s.name: s for s in geometry.segments},
-        stages=stages,
-        dtype={"float32": "kF32", "bfloat16": "kBF16", "float16": "kF16"}[geometry.config.dtype],
+    return (
+        _environment()
+        .get_template("llvm/host.cc.jinja")
+        .render(
+            title=_title(geometry.config),
+            version=__version__,
+            config=geometry.config,
+            tiling=geometry.tiling,
+            geometry=geometry,
+            segments={s.name: s for s in geometry.segments},
+            stages=stages,
+            dtype={"float32": "kF32", "bfloat16": "kBF16", "float16": "kF16"}[geometry.config.dtype],
+        )
     )
 
 

@@ -186,7 +186,8 @@ def margins(config: MoEConfig, weights: Weights, x: npt.ArrayLike) -> Floats:
 
 def _smallest_step(descending: Floats) -> Floats:
     """[T]: the smallest difference between neighbours of each row; infinite where there are none."""
-    return np.min(-np.diff(descending, axis=1), axis=1, initial=np.inf)
+    steps: Floats = np.min(-np.diff(descending, axis=1), axis=1, initial=np.inf)
+    return steps
 
 
 def _choice_scores(config: MoEConfig, weights: Weights, logits: Floats, scores: Floats) -> Floats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from .arrays import HostArray
 from .artifact import MANIFEST, Artifact, check_loadable, find_artifact, open_artifact
 from .config import MoEConfig
 from .errors import ArtifactError, InputError
-from .weights import WeightSource, resolve
+from .packing import Packer, readable
+from .weights import resolve
 
 Array = npt.NDArray[Any]
 LOSSLESS = {"float32": ("float16", "bfloat16"), "bfloat16": (), "float16": ()}
@@ -112,7 +113,11 @@ class Module:
         """
         source = resolve(self.config, weights, prefix, layout, gate_up)
         count = self.threads if threads is None else _threads(threads)
-        return Layer(self, pack(self, source, count), count)
+        return Layer(self, self.packer(count).all(source), count)
+
+    def packer(self, threads: int, blob: Array | None = None) -> Packer:
+        """What packs weights for this module."""
+        return Packer(self.artifact.manifest, self.functions["pack"], self.pool(threads), blob)
 
     def pool(self, threads: int) -> int:
         """The library's pool of so many threads, made when first asked for and shared by the module's layers."""
@@ -142,7 +147,7 @@ class Layer:
         self.module = module
         self.config = module.config
         self.threads = threads
-        self._packed = packed
+        self.packed = packed
         self._functions = module.functions
         self._pool = module.pool(threads)
         self._workspaces: list[Array] = []
@@ -150,7 +155,7 @@ class Layer:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed weights."""
-        return int(self._packed.nbytes)
+        return int(self.packed.nbytes)
 
     def workspace_bytes(self, tokens: int) -> int:
         """Bytes of scratch memory that a call with T=`tokens` uses.
@@ -213,7 +218,7 @@ class Layer:
         workspace = self._take(len(rows.data))
         ids, weights, load, stats = made
         source = rows.data if jittered is None else jittered
-        self._functions["route"](_plain(source), self._packed, workspace, self._pool, ids, weights, load, stats)
+        self._functions["route"](readable(source), self.packed, workspace, self._pool, ids, weights, load, stats)
         self._give(workspace)
         return _as_input(_routing(made), x)
 
@@ -234,7 +239,9 @@ class Layer:
         factors = _ready(arrays.to_float32(self._shaped(weights, "weights", tokens)))
         out = arrays.empty_aligned(rows.data.shape, self.config.dtype)
         workspace = self._take(tokens)
-        self._functions["experts"](_plain(rows.data), _plain(chosen), _plain(factors), out, self._packed, workspace, self._pool)
+        self._functions["experts"](
+            readable(rows.data), readable(chosen), readable(factors), out, self.packed, workspace, self._pool
+        )
         self._give(workspace)
         return arrays.like_input(out.reshape(rows.shape), self.config.dtype, x)
 
@@ -243,8 +250,8 @@ class Layer:
     def _forward(self, rows: _Rows, out: Array, jittered: Array | None, with_routing: bool) -> Routing | None:
         made = self._empty_routing(len(rows.data)) if with_routing else (None, None, None, None)
         workspace = self._take(len(rows.data))
-        router_input = None if jittered is None else _plain(jittered)
-        self._functions["forward"](_plain(rows.data), router_input, out, self._packed, workspace, self._pool, *made)
+        router_input = None if jittered is None else readable(jittered)
+        self._functions["forward"](readable(rows.data), router_input, out, self.packed, workspace, self._pool, *made)
         self._give(workspace)
         return _routing(made) if with_routing else None
 
@@ -323,70 +330,6 @@ class _Rows(NamedTuple):
     shape: tuple[int, ...]
 
 
-def pack(module: Module, source: WeightSource, threads: int, experts: Iterable[int] | None = None) -> Array:
-    """All weights (or only those of some experts) in the layer's packed layout, as one aligned buffer."""
-    packer = _Packer(module, arrays.empty_aligned(int(module.artifact.manifest["packed_bytes"]), np.uint8), threads)
-    packer.router(source)
-    packer.experts(source, range(module.config.experts) if experts is None else experts)
-    packer.shared(source)
-    return packer.blob
-
-
-def pack_router(layer: Layer, source: WeightSource) -> None:
-    """Replaces the router of a bound layer; no call may be under way."""
-    _Packer(layer.module, layer._packed, layer.threads).router(source)
-
-
-class _Packer:
-    """Writes weights into the segments of one packed buffer."""
-
-    def __init__(self, module: Module, blob: Array, threads: int) -> None:
-        self.module, self.config, self.blob = module, module.config, blob
-        self.pool = module.pool(threads)
-        self.segments = {segment["name"]: (index, segment) for index, segment in enumerate(module.artifact.manifest["segments"])}
-
-    def write(self, name: str, expert: int, *parts: HostArray | None) -> None:
-        index, segment = self.segments[name]
-        stored = [_plain(arrays.to_storage(part, segment["dtype"])) for part in parts if part is not None]
-        self.module.functions["pack"](self.blob, index, expert, stored[0], stored[1] if len(stored) > 1 else None, self.pool)
-
-    def router(self, source: WeightSource) -> None:
-        router, config = source.router(), self.config
-        shared = source.shared() or {}
-        weight = _present(router["weight"])
-        self.write("router", 0, _stack([weight, shared["shared_gate"]]) if config.shared_gate else weight)
-        if config.router_bias:
-            bias = arrays.to_float32(_present(router["bias"]))
-            self.write("router_bias", 0, HostArray(np.pad(bias, (0, int(config.shared_gate))), "float32"))
-        if config.correction_bias:
-            offset = int(self.segments["correction_bias"][1]["offset_bytes"])
-            correction = arrays.to_float32(_present(router["correction_bias"]))
-            self.blob[offset : offset + correction.nbytes].view(np.float32)[...] = correction
-
-    def experts(self, source: WeightSource, experts: Iterable[int]) -> None:
-        for e in experts:
-            expert = source.expert(e)
-            self.write("up", e, expert.get("gate"), expert["up"])
-            self.write("down", e, expert["down"])
-            if self.config.expert_bias:
-                self.write("up_bias", e, expert.get("gate_bias"), expert["up_bias"])
-                self.write("down_bias", e, expert["down_bias"])
-
-    def shared(self, source: WeightSource) -> None:
-        if shared := source.shared():
-            self.write("shared_up", 0, shared.get("gate"), shared["up"])
-            self.write("shared_down", 0, shared["down"])
-
-
-def _stack(rows: list[HostArray]) -> HostArray:
-    return HostArray(np.concatenate([arrays.to_float32(r) for r in rows]), "float32")
-
-
-def _present(array: HostArray | None) -> HostArray:
-    assert array is not None
-    return array
-
-
 def _ready(data: Array) -> Array:
     """`data` itself when it is contiguous and aligned, an aligned copy otherwise."""
     if data.flags.c_contiguous and (arrays.is_aligned(data) or data.size == 0):
@@ -394,20 +337,6 @@ def _ready(data: Array) -> Array:
     copy = arrays.empty_aligned(data.shape, data.dtype)
     copy[...] = data
     return copy
-
-
-class _Alias:
-    """The memory of a read-only array, to pass on to code that only reads it; DLPack refuses read-only arrays."""
-
-    def __init__(self, array: Array) -> None:
-        interface = dict(array.__array_interface__)
-        interface["data"] = (interface["data"][0], False)
-        self.__array_interface__ = interface
-        self.owner = array
-
-
-def _plain(array: Array) -> Array:
-    return array if array.flags.writeable else np.asarray(_Alias(array))
 
 
 def _routing(made: Any) -> Routing:

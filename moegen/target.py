@@ -7,8 +7,6 @@ import functools
 import platform
 from typing import Any
 
-from .errors import TargetError
-
 KINDS = ("llvm",)
 
 # LLVM feature -> flag in /proc/cpuinfo, for the features that change which instructions are emitted.

@@ -18,7 +18,7 @@ from . import arrays, reference
 from .arrays import HostArray
 from .artifact import Artifact, check_loadable, open_artifact
 from .config import weight_shapes
-from .runtime import Layer, Module, Routing, pack, pack_router
+from .runtime import Layer, Module, Routing
 from .weights import WeightSource
 
 TOKENS = (0, 1, 2, 17, 300)
@@ -88,7 +88,11 @@ class _Proof:
         self.distinct_of = np.arange(c.experts) % distinct
         packed_bytes = int(module.artifact.manifest["packed_bytes"])
         self.filled = range(c.experts if packed_bytes <= WHOLE_BLOB_BYTES else distinct)
-        self.layer = Layer(module, pack(module, self._source(self.router), module.threads, self.filled), module.threads)
+        packer, source = module.packer(module.threads), self._source(self.router)
+        packer.router(source)
+        packer.experts(source, self.filled)
+        packer.shared(source)
+        self.packer, self.layer = packer, Layer(module, packer.blob, module.threads)
 
     def _source(self, router: dict[str, Array]) -> WeightSource:
         """All E experts, of which only some are distinct."""
@@ -105,10 +109,10 @@ class _Proof:
     def case(self, routing: str, tokens: int) -> dict[str, Any]:
         """One case; its entry `failed` lists what was out of bounds."""
         router = self._router(routing)
-        pack_router(self.layer, self._source(router))
-        x = self.rng.standard_normal((tokens, self.config.hidden))
-        x[:, 0] = 1.0  # the lever of `_router`
-        x = reference.round_to_dtype(x, self.config.dtype)
+        self.packer.router(self._source(router))
+        drawn = self.rng.standard_normal((tokens, self.config.hidden))
+        drawn[:, 0] = 1.0  # the lever of `_router`
+        x = reference.round_to_dtype(drawn, self.config.dtype)
         given = HostArray(arrays.to_storage(HostArray(x, "float32"), self.config.dtype), self.config.dtype)
         out = HostArray(_poisoned(given.shape, self.config.dtype), self.config.dtype)
         self.layer.forward_into(given, out)

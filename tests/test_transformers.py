@@ -240,13 +240,14 @@ print(json.dumps([paths[config] for config in configs]))
 @pytest.fixture(scope="module")
 def paths(store):
     """{case of COMPILED: artifact's folder}: built by a process of their own, once for all workers of pytest-xdist."""
-    store.mkdir(parents=True, exist_ok=True)
-    known = store / "transformers.json"
-    with open(store / "transformers.lock", "w") as lock:
+    own = store.parent / "transformers"
+    own.mkdir(parents=True, exist_ok=True)
+    known = own / "paths.json"
+    with open(own / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not known.exists():
             configs = [MoEConfig.from_hf(compiled_block(case)[0].to_dict()).to_dict() for case in COMPILED]
-            given = json.dumps({"configs": configs, "store": str(store)})
+            given = json.dumps({"configs": configs, "store": str(own / "store")})
             done = subprocess.run([sys.executable, "-c", BUILD_SCRIPT], input=given, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             known.write_text(json.dumps(dict(zip(COMPILED, json.loads(done.stdout), strict=True))))
@@ -271,7 +272,7 @@ def decided_block(case, rng):
 
 
 @pytest.mark.parametrize("case", COMPILED)
-def test_compiled_layer_agrees(paths, rng, case, record_property):
+def test_compiled_layer_agrees(paths, rng, case):
     config, block, x = decided_block(case, rng)
     compiler_was_there = "tvm" in sys.modules
     layer = moegen.load(paths[case]).bind(block.state_dict())
@@ -285,8 +286,7 @@ def test_compiled_layer_agrees(paths, rng, case, record_property):
     error = to_float32(as_host_array(y, "y")) - want
     relative_l2 = np.linalg.norm(error) / np.linalg.norm(want)
     elementwise = (np.abs(error) / (np.abs(want) + np.sqrt(np.mean(want**2, axis=1, keepdims=True)))).max()
-    record_property("relative_l2", float(relative_l2))
-    record_property("elementwise", float(elementwise))
+    print(f"relative L2 {relative_l2:.2e}, elementwise {elementwise:.2e}")
     assert relative_l2 <= RELATIVE_L2[config.dtype]
     assert elementwise <= ELEMENTWISE[config.dtype]
 

@@ -1,4 +1,4 @@
-"""The register-tiled product: accumulators of one row tile and one panel stay in vector registers over a block of the dot product."""
+"""The register-tiled product: the sums of one row tile and panel stay in vector registers over a block of the dot product."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check(geometry: Geometry, target: Target, knobs: Knobs) -> None:
 
 
 def tile(sch: Any, name: str, epilogue_block: Any, knobs: Knobs) -> None:
-    """Schedules `partial` and `total` of function `name` under loop `epilogue_block`, whose iterations are one row tile and panel."""
+    """Schedules `partial` and `total` of function `name` under loop `epilogue_block`: one row tile and panel an iteration."""
     partial, total = sch.get_sblock("partial", name), sch.get_sblock("total", name)
     for block in (partial, total):
         sch.set_scope(block, 0, "local")
