@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,6 @@ from .version import __version__
 if TYPE_CHECKING:
     from .builder import Outcome, Plan
 
-INTERRUPTED = 130
 TRACEBACK = "MOEGEN_TRACEBACK"
 TARGETS = ("llvm", "cuda")
 LISTED = ("experts", "top_k", "hidden", "intermediate")
@@ -45,28 +45,62 @@ CHOICES = {
 }
 
 
+class _Interrupts:
+    """Notices Ctrl-C even where the compiler turns the KeyboardInterrupt into an error of its own; kill and hang-up likewise."""
+
+    def __init__(self) -> None:
+        self.noticed = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._notice)
+        return self
+
+    def _notice(self, number: int, frame: Any) -> NoReturn:
+        self.noticed = number
+        raise KeyboardInterrupt
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises the KeyboardInterrupt that was lost."""
+        if self.noticed:
+            raise KeyboardInterrupt
+
+
 class _Commands(click.Group):
-    """Commands whose every expected failure is one sentence on stderr and an exit code."""
+    """Commands whose every failure is one sentence on stderr and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except MoegenError as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            ctx.exit(INTERRUPTED)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read our output has left: click ends quietly
-                raise
-            _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-        except Exception as error:  # a bug of ours or of the compiler: still a sentence, the rest for those who ask
-            if os.environ.get(TRACEBACK):
-                raise
-            last = (str(error).strip().splitlines() or ["no message"])[-1]
-            _fail(f"unexpected {type(error).__name__}: {last} ({TRACEBACK}=1 shows where)")
+        with _Interrupts() as ctx.obj:
+            try:
+                return super().invoke(ctx)
+            except BaseException as error:
+                if ctx.obj.noticed or isinstance(error, KeyboardInterrupt):
+                    click.echo("Interrupted.", err=True)
+                    ctx.exit(128 + (ctx.obj.noticed or signal.SIGINT))
+                sentence = _sentence(error)
+                if sentence is None or os.environ.get(TRACEBACK):
+                    raise
+                _fail(sentence)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to say about an error; None for those that are click's to handle."""
+    if isinstance(error, click.ClickException | click.Abort | click.exceptions.Exit) or not isinstance(error, Exception):
+        return None
+    if isinstance(error, MoegenError):
+        return str(error)
+    if isinstance(error, OSError):  # of a broken pipe, click makes a quiet end
+        parts = (error.filename, error.strerror or error)
+        return None if error.errno == errno.EPIPE else ": ".join(str(part) for part in parts if part)
+    last = (str(error).strip().splitlines() or ["no message"])[-1]
+    return f"unexpected {type(error).__name__}: {last} ({TRACEBACK}=1 shows where)"
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -263,6 +297,7 @@ def build(
     done = []
     with contextlib.closing(_outcomes(builder.build_many(todo, target, out, **settings), len(todo))) as outcomes:
         for outcome in outcomes:
+            click.get_current_context().obj.check()
             done.append(_result(outcome, before))
             if not as_json:
                 _print_result(done[-1], len(todo) > 1)

@@ -40,9 +40,7 @@ def resolve_target(kind: str = "llvm", mcpu: str | None = None) -> Target:
     host, arch = str(codegen.llvm_get_system_cpu()), host_arch()
     name = mcpu or host
     if not codegen.llvm_is_valid_cpu(name, str(codegen.llvm_get_system_triple())):
-        raise TargetError(
-            f"mcpu={name!r} is not a processor that LLVM knows for {arch}; `moegen build --mcpu help` lists them"
-        )
+        raise TargetError(f"mcpu={name!r} is not a processor that LLVM knows for {arch}; `moegen build --mcpu help` lists them")
     known = {str(f) for f in codegen.llvm_get_cpu_features(tvm.target.Target({"kind": "llvm", "mcpu": name}))}
     implied = [f for f in X86_FEATURES if f in known] if arch == "x86_64" else []
     flags = host_cpu_flags()
