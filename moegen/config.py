@@ -205,16 +205,15 @@ class MoEConfig:
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     """`value` as the plain Python type that the field declares, or a ConfigError that says what was expected."""
     declared = str(field.type)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if declared.endswith("| None") and value is None:
+    plain = value.item() if isinstance(value, np.generic) else value
+    if declared.endswith("| None") and plain is None:
         return None
     exact = {"bool": bool, "int": int, "str": str}.get(declared)
-    if exact is not None and type(value) is exact:
-        return value
-    if exact is None and type(value) in (int, float):
+    if exact is not None and type(plain) is exact:
+        return plain
+    if exact is None and type(plain) in (int, float):
         try:
-            return float(value)
+            return float(plain)
         except OverflowError:
             raise ConfigError(f"{field.name} is too large for a float") from None
     raise ConfigError(f"{field.name}={value!r} must be of type {declared}, not {type(value).__name__}")

@@ -370,7 +370,7 @@ def _float64(name: str, value: npt.ArrayLike, error: type[MoegenError]) -> Float
     array = np.asarray(value)
     if array.dtype == np.uint16:  # how bfloat16 travels elsewhere: read as integers, its bits would give plausible nonsense
         raise error(f"{name} is uint16, which may be the bits of bfloat16: widen it to float32 first")
-    return array.astype(np.float64)
+    return array.astype(np.float64, copy=False)
 
 
 # ---------------------------------------------------------------- made-up weights

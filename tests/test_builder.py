@@ -81,12 +81,7 @@ def test_a_plan_is_reproducible(small: Plan) -> None:
 def test_the_key_knows_every_field_of_the_configuration() -> None:
     assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(moegen.MoEConfig)}
     base = moegen.MoEConfig(**TINY | {"experts": 4, "n_group": 2, "shared_intermediate": 4})
-    needs = {
-        "topk_group": {"n_group": 2},
-        "group_score": {},
-        "n_group": {"n_group": 4, "group_score": "max"},
-        "experts": {"experts": 6},
-    }
+    needs = {"topk_group": {"n_group": 2}, "n_group": {"n_group": 4, "group_score": "max"}, "experts": {"experts": 6}}
     keys = {plan(base).key}
     for name, value in OTHER_VALUES.items():
         other = dataclasses.replace(base, **({name: value} | needs.get(name, {})))
@@ -190,7 +185,7 @@ def test_an_edit_that_changes_the_meaning(written: pathlib.Path, tmp_path: pathl
     """The proof notices, and nothing of the build stays behind; `verify=False` is the user's own risk, and on record."""
     wrong = _edited(written, tmp_path / "wrong.py", (RELU, "te.max(x, f32(0.001))"))
     store = tmp_path / "store"
-    with pytest.raises(VerificationError, match="the compiled module is wrong and was thrown away: .*error .* is above") as caught:
+    with pytest.raises(VerificationError, match=r"the compiled module is wrong and was thrown away: .*error .* is above") as caught:
         moegen.build(plan_from_source(wrong), out=store)
     assert "\n" not in str(caught.value)
     assert os.listdir(store) == []
@@ -202,30 +197,29 @@ def test_an_edit_that_changes_the_meaning(written: pathlib.Path, tmp_path: pathl
     assert report["worst_relative_l2"] > report["bounds"]["relative_l2"]
 
 
+FINE = "CONFIG = {'experts': 2, 'top_k': 1, 'hidden': 16}\n"
+TILED = "TILING = {'lanes': %s, 'max_rows': %s, 'chunk_rows': 16, 'k_block': 64}"
+
 BAD_SOURCES: dict[str, tuple[str, str]] = {
     "empty": ("", "CONFIG or TILING is missing"),
     "syntax": ("CONFIG = {\n", "is not a valid TE module"),
     "null byte": ("CONFIG = 1\0", "is not a valid TE module"),
     "no configuration": ("TILING = {}", "CONFIG or TILING is missing.*CONFIG"),
-    "no tiling": ("CONFIG = {'experts': 2, 'top_k': 1, 'hidden': 16}", "CONFIG or TILING is missing.*TILING"),
+    "no tiling": (FINE, "CONFIG or TILING is missing.*TILING"),
     "computed": ("CONFIG = dict(experts=2)\nTILING = {}", "is not a valid TE module"),
     "a list": ("CONFIG = []\nTILING = {}", "te_source.py"),
     "a number": ("CONFIG = 3\nTILING = {}", "te_source.py"),
-    "unknown field": ("CONFIG = {'experts': 2, 'top_k': 1, 'hidden': 16, 'depth': 2}\nTILING = {}", "unknown configuration field 'depth'"),
-    "impossible": ("CONFIG = {'experts': 2, 'top_k': 3, 'hidden': 16}\nTILING = {}", "top_k=3 must be between 1 and 2"),
-    "wrong type": ("CONFIG = {'experts': 'two', 'top_k': 3, 'hidden': 16}\nTILING = {}", "experts='two' must be of type int"),
-    "incomplete tiling": ("CONFIG = {'experts': 2, 'top_k': 1, 'hidden': 16}\nTILING = {'lanes': 4}", "CONFIG or TILING is missing or incomplete"),
-    "unknown tiling": ("CONFIG = {'experts': 2, 'top_k': 1, 'hidden': 16}\nTILING = {'lane': 4}", "TILING"),
-    "tiling of text": (
-        "CONFIG = {'experts': 2, 'top_k': 1, 'hidden': 16}\nTILING = {'lanes': '4', 'max_rows': 1, 'chunk_rows': 16, 'k_block': 64}",
-        "te_source.py|lanes",
-    ),
-    "tiling of fractions": (
-        "CONFIG = {'experts': 2, 'top_k': 1, 'hidden': 16}\nTILING = {'lanes': 4, 'max_rows': 1.5, 'chunk_rows': 16, 'k_block': 64}",
-        "te_source.py|max_rows",
-    ),
+    "unknown field": (FINE.replace("}", ", 'depth': 2}") + TILED % (4, 1), "unknown configuration field 'depth'"),
+    "impossible": (FINE.replace("1,", "3,") + TILED % (4, 1), "top_k=3 must be between 1 and 2"),
+    "wrong type": (FINE.replace("2,", "'two',") + TILED % (4, 1), "experts='two' must be of type int"),
+    "incomplete tiling": (FINE + "TILING = {'lanes': 4}", "CONFIG or TILING is missing or incomplete"),
+    "unknown tiling": (FINE + "TILING = {'lane': 4}", "TILING"),
+    "tiling of text": (FINE + TILED % ("'4'", 1), "te_source.py|lanes"),
+    "text for rows": (FINE + TILED % (4, "'1'"), "te_source.py|max_rows"),
+    "tiling of fractions": (FINE + TILED % (4, 1.5), "te_source.py|max_rows"),
     "deep": ("CONFIG = " + "(" * 5000 + ")" * 5000, "te_source.py"),
-}  # fmt: skip
+    "deeper": ("CONFIG = " + "-" * 50000 + "1", "te_source.py"),
+}
 
 
 @pytest.mark.parametrize("kind", BAD_SOURCES)
@@ -306,7 +300,7 @@ def test_illegal_tilings(change: dict[str, int], message: str, small: Plan, writ
     tiling = dataclasses.replace(SMALL_TILING, **change)
     with pytest.raises(ScheduleError, match=message):
         plan(CONFIG, tiling=tiling)
-    text = [line for line in small.te_source.splitlines() if line.startswith("TILING")][0]
+    text = next(line for line in small.te_source.splitlines() if line.startswith("TILING"))
     edited = _edited(written, tmp_path / "edited.py", (text, f"TILING = {dataclasses.asdict(tiling)!r}"))
     with pytest.raises(ScheduleError, match=message):
         plan_from_source(edited)
@@ -329,11 +323,14 @@ def test_no_compiler(small: Plan, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo 'host.cc:1: error: no such luck' >&2; exit 1", "compiling the generated host failed: host.cc:1: error: no such luck"),
+        ("echo 'host.cc:1: error: no luck' >&2; exit 1", "compiling the generated host failed: host.cc:1: error: no luck"),
         ("exit 3", "compiling the generated host failed: no output"),
-        ('case "$*" in *-shared*) echo "ld: error: no space" >&2; exit 1;; *) exec {real} "$@";; esac', "linking the library failed: ld: error: no space"),
+        (
+            'case "$*" in *-shared*) echo "ld: error: no space" >&2; exit 1;; *) exec {real} "$@";; esac',
+            "linking the library failed: ld: error: no space",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_compiler_that_fails(
     script: str, message: str, small: Plan, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,11 +412,9 @@ def test_build_many_can_be_left_early(small: Plan, tmp_path: pathlib.Path, no_co
 
 
 def test_the_extra_is_named_when_the_compiler_is_missing(run: Callable[[str, str], str]) -> None:
+    sentence = "BuildError: building needs the compiler ({} is not installed): pip install 'moegen[build]'"
     for package in ("tvm", "jinja2"):
-        assert (
-            run(package, "moegen.build")
-            == f"BuildError: building needs the compiler ({package} is not installed): pip install 'moegen[build]'"
-        )
+        assert run(package, "moegen.build") == sentence.format(package)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_impossible_values(fields, message):
 def test_impossible_scales(name, value):
     with pytest.raises(ConfigError) as caught:
         make(**{name: value})
-    assert str(caught.value) == f"{name}={value} must be a finite number above 0"
+    assert str(caught.value) == f"{name}={value} must be between 1e-06 and 1e+06"
 
 
 @pytest.mark.parametrize(

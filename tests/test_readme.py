@@ -1,0 +1,95 @@
+"""The README's code blocks run, in order, as a newcomer would run them; what cannot run here is checked against the project."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import moegen
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+INSTALLS = re.compile(r"python3 -m venv \.venv && \. \.venv/bin/activate && pip install \S+ &&\n")
+TESTS = next(text for _, text in BLOCKS if "pytest" in text)
+
+
+@pytest.fixture
+def newcomer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """An empty folder, an empty store, and `moegen` and `python` on the path as after the installation."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, command in {"moegen": f'"{sys.executable}" -m moegen.cli', "python": f'"{sys.executable}"'}.items():
+        (commands / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (commands / name).chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MOEGEN_STORE", str(tmp_path / "store"))
+    return work
+
+
+@pytest.mark.slow
+def test_blocks_run_in_order(newcomer: pathlib.Path) -> None:
+    pytest.importorskip("ml_dtypes")
+    namespace: dict[str, Any] = {}
+    printed = []
+    for language, text in BLOCKS:
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), namespace)
+        elif text != TESTS:
+            script = INSTALLS.sub("", text)
+            assert "pip " not in script
+            done = subprocess.run(["bash", "-e", "-c", script], cwd=newcomer, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+            printed.append(done.stdout + done.stderr)
+    first = printed[0]
+    assert re.search(r"built in [\d.]+ s, verified \(worst relative L2 error", first)
+    assert "output (1024, 512) float32" in first
+    assert float(first.split("relative error against float64:")[1]) < 3e-6
+    assert any("skipped experts=2 top_k=4: top_k=4 must be between" in text for text in printed)
+
+
+def test_every_block_is_known() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    assert README.count("```") == 2 * len(BLOCKS)
+    assert any(INSTALLS.match(text) for _, text in BLOCKS)
+
+
+def test_extras_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {extra for extras in re.findall(r"\.\[([\w,]+)\]", README) for extra in extras.split(",")}
+    assert {"build", "dev", "transformers"} <= named <= set(project["optional-dependencies"])
+    torch = next(d for d in project["optional-dependencies"]["transformers"] if d.startswith("torch"))
+    assert f"pip install {torch} " in TESTS
+
+
+def test_ci_runs_the_test_command() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    commands = [part.strip() for part in TESTS.split("&&")][2:]  # without the environment, which is a temporary one there
+    assert commands == ["pip install torch==2.13.0", "pip install -e '.[transformers,dev]'", "pytest -n 2"]
+    assert [line for line in lines if line in commands] == commands
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_named_files_exist() -> None:
+    named = re.findall(r"`((?:\w+/)+(?:\w+\.py)?|\.ci/run)`", README)
+    assert "moegen/reference.py" in named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"## [{moegen.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
