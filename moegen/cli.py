@@ -136,6 +136,7 @@ class Combination(NamedTuple):
 
 def combinations(fields: Mapping[str, Any]) -> list[Combination]:
     """Every combination of the fields that hold several values, each different layer once."""
+    fields = {name: value[0] if isinstance(value, tuple) and len(value) == 1 else value for name, value in fields.items()}
     names = [name for name, value in fields.items() if isinstance(value, tuple)]
     found: dict[Any, Combination] = {}
     for values in itertools.product(*(fields[name] for name in names)):
