@@ -149,21 +149,14 @@ def combinations(fields: Mapping[str, Any]) -> list[Combination]:
     return list(found.values())
 
 
-class _Integers(click.ParamType[Any]):
+def _integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """`8`, or `8,16` for several."""
-
-    name = "integers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(dict.fromkeys(int(part) for part in str(value).split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a whole number or a list of them such as 8,16.", param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return "N[,N...]"
+    if value is None:
+        return None
+    try:
+        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a whole number or a list of them such as 8,16.") from None
 
 
 def _field_help() -> dict[str, str]:
@@ -179,7 +172,7 @@ def _field_option(field: dataclasses.Field[Any], text: str) -> Callable[[Any], A
     if kind == "bool":
         name = f"{name}/--no-{name[2:]}"
     elif field.name in LISTED:
-        settings["type"] = _Integers()
+        settings |= {"callback": _integers, "metavar": "N[,N...]"}
     elif field.name in CHOICES:
         settings["type"] = click.Choice(CHOICES[field.name])
     else:

@@ -389,9 +389,12 @@ def test_default_store(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) 
 
 BUILD = """
 import sys, moegen
-fields = {"experts": 2, "top_k": 1, "hidden": 16, "intermediate": 16, "activation": "relu"}
+from moegen.builder import plan
+from moegen.geometry import Tiling
+config = moegen.MoEConfig(experts=2, top_k=1, hidden=16, intermediate=16, activation="relu")
+few_tiles = Tiling(lanes=4, max_rows=1, chunk_rows=16, k_block=64)  # quick to compile
 try:
-    print(moegen.build(moegen.MoEConfig(**fields), out=sys.argv[1], verify=len(sys.argv) < 3).path)
+    print(moegen.build(plan(config, tiling=few_tiles), out=sys.argv[1]).path)
 except moegen.MoegenError as error:
     print(f"{type(error).__name__}: {error}")
     sys.exit(2)

@@ -7,12 +7,12 @@ from moegen.errors import ScheduleError
 from moegen.geometry import VECTORS, Tiling
 from moegen.target import Target
 
-K_BLOCK = 1024
-CHUNK_ROWS = 112
+K_BLOCK = 512
+CHUNK_ROWS = 280
 
 
 def default(config: MoEConfig, target: Target) -> Tiling:
-    """The largest register tile that leaves room for two weight vectors and one broadcast; blocks of 1024 terms."""
+    """The largest register tile that leaves room for two weight vectors and one broadcast; sums of at most 512 terms."""
     max_rows = (target.registers - VECTORS - 1) // VECTORS
     return Tiling(lanes=target.lanes, max_rows=max_rows, chunk_rows=CHUNK_ROWS // max_rows * max_rows, k_block=K_BLOCK)
 
