@@ -45,7 +45,7 @@ def refused(path: pathlib.Path) -> str:
     message = str(caught.value)
     assert message.strip()
     assert "\n" not in message
-    assert len(message) < 400
+    assert len(message) < 600
     return message
 
 
@@ -172,7 +172,7 @@ def test_every_entry_of_the_manifest_is_needed(copy: pathlib.Path) -> None:
 
 def test_newer_schema(copy: pathlib.Path) -> None:
     reseal(copy, schema_version=artifact.SCHEMA_VERSION + 1)
-    assert "schema 2, newer than the 1 that this moegen reads: upgrade moegen" in refused(copy)
+    assert "has schema 2, newer than" in refused(copy)
     (copy / MANIFEST).write_text('{"schema_version": 7}')  # whatever a later format looks like
     assert "newer" in refused(copy)
 
@@ -226,9 +226,14 @@ def test_missing_cpu_features(original: moegen.Artifact, monkeypatch: pytest.Mon
     assert "this processor lacks" in refused(original.path)
 
 
+def _another_library() -> bytes:
+    """Some other shared library."""
+    return pathlib.Path(np.linalg._umath_linalg.__file__).read_bytes()
+
+
 def test_a_library_that_is_none(copy: pathlib.Path, original: moegen.Artifact) -> None:
     """Files that carry the right checksums and yet are no such library: an error, not a crash."""
-    for content in (b"", b"not a library" * 100, (copy / "moe.so").read_bytes()[:4096]):
+    for content in (b"", b"not a library" * 100, _another_library()):
         (copy / "moe.so").write_bytes(content)
         artifact.seal(
             copy, {n: v for n, v in original.manifest.items() if n not in ("files", "manifest_sha256")} | {"x": len(content)}
@@ -394,7 +399,10 @@ from moegen.geometry import Tiling
 config = moegen.MoEConfig(experts=2, top_k=1, hidden=16, intermediate=16, activation="relu")
 few_tiles = Tiling(lanes=4, max_rows=1, chunk_rows=16, k_block=64)  # quick to compile
 try:
-    print(moegen.build(plan(config, tiling=few_tiles), out=sys.argv[1]).path)
+    made = moegen.build(plan(config, tiling=few_tiles), out=sys.argv[1])
+    for _ in range(200):
+        moegen.load(made.path)  # from now on it is there
+    print(made.path)
 except moegen.MoegenError as error:
     print(f"{type(error).__name__}: {error}")
     sys.exit(2)
@@ -511,6 +519,25 @@ def test_a_failing_proof_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pyt
     check_files(open_artifact(good.path))
 
 
+def test_of_two_builds_at_once_the_first_stays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, quick: Callable[[], int]
+) -> None:
+    """Whoever comes second finds the same artifact published and whole, and leaves it to those who read it."""
+    made = moegen.build(CONFIG, out=tmp_path)
+    stamp = (made.path / MANIFEST).stat()
+    real, answers = builder._already_built, iter([None])
+
+    def already_built(*given: Any) -> moegen.Artifact | None:
+        return next(answers, None) if quick() < 2 else real(*given)  # not there when the second build begins
+
+    monkeypatch.setattr(builder, "_already_built", already_built)
+    again = moegen.build(CONFIG, out=tmp_path)
+    assert quick() == 2
+    assert again.path == made.path
+    assert (made.path / MANIFEST).stat().st_ino == stamp.st_ino
+    assert os.listdir(tmp_path) == [made.name]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ZeroDivisionError])
 def test_whatever_happens_leaves_nothing(
     error: type[BaseException], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -544,15 +571,24 @@ def test_a_full_disk(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_limit_on_file_sizes(tmp_path: pathlib.Path) -> None:
-    """The real compiler runs out of room: a sentence, an exit code, and nothing left."""
-    code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-    done = run_python(code + BUILD, tmp_path, timeout=120)
+@pytest.mark.parametrize("kilobytes", [24, 100, 200])
+def test_a_disk_that_fills_up(kilobytes: int, tmp_path: pathlib.Path) -> None:
+    """For real, on a small file system of its own: too small for the sources, the objects, the library."""
+    show = 'code=$?; ls -A "$0" >&2; exit $code'
+    script = f'mount -t tmpfs -o size={kilobytes}k tmpfs "$0" && "$@"; {show}'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("no file system of one's own here")
+    done = subprocess.run(
+        [*command, sys.executable, "-c", BUILD, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stdout.startswith(("BuildError: ", "ArtifactError: "))
     assert done.stdout.count("\n") == 1
-    assert done.stdout.startswith("BuildError: ")
-    assert "Traceback" not in done.stderr
-    assert os.listdir(tmp_path) == []
+    assert done.stderr == "", "something was left behind, or a traceback shown"
 
 
 def test_stores_that_cannot_be_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, quick: Callable[[], int]) -> None:
@@ -606,7 +642,7 @@ while time.monotonic() < end:
         check_files(open_artifact(sys.argv[1]))
         whole += 1
     except moegen.ArtifactError as error:
-        assert "no artifact" in str(error) or "cannot be read" in str(error), error
+        assert any(part in str(error) for part in ("no artifact", "not an artifact", "cannot be read")), error
         absent += 1
 print(whole, absent)
 """
