@@ -211,9 +211,7 @@ def unpublished(store: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder inside `store`, removed at the end whatever happens; leftovers of killed builds are cleared first."""
     try:
         store.mkdir(parents=True, exist_ok=True)
-        for leftover in store.glob(f"{_TEMPORARY}*"):
-            if not _alive(leftover.name):
-                shutil.rmtree(leftover, ignore_errors=True)
+        clear_leftovers(store)
         folder = store / f"{_TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}"
         folder.mkdir()
     except OSError as error:
@@ -222,6 +220,13 @@ def unpublished(store: pathlib.Path) -> Iterator[pathlib.Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_leftovers(store: pathlib.Path) -> None:
+    """Removes the temporary folders of builds whose process is gone."""
+    for leftover in store.glob(f"{_TEMPORARY}*"):
+        if not _alive(leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _alive(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -18,9 +19,9 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import tvm_ffi.libinfo
@@ -55,6 +56,7 @@ class Plan:
     target: Target
     te_source: str
     knobs: dict[str, Any]
+    edited: bool = False
 
     @property
     def config(self) -> MoEConfig:
@@ -71,7 +73,7 @@ class Plan:
             "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
             "te_source": self.te_source,
             "own_sources": _own_sources(),
-            "versions": _versions(),
+            "versions": {name: version for name, version in _versions().items() if name != "python"},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -116,12 +118,12 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
         raise BuildError(f"{file.name} is not a valid TE module: {error}") from error
     except (KeyError, TypeError) as error:
         raise BuildError(f"{file.name} is not an emitted TE module: CONFIG or TILING is missing or incomplete ({error})") from error
-    return _plan(Geometry(config, tiling), compiler.resolve_target(target, mcpu), text)
+    return _plan(Geometry(config, tiling), compiler.resolve_target(target, mcpu), text, edited=True)
 
 
-def _plan(geometry: Geometry, target: Target, te_source: str) -> Plan:
+def _plan(geometry: Geometry, target: Target, te_source: str, edited: bool = False) -> Plan:
     llvm.tiling.check(geometry.config, target, geometry.tiling)
-    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES))
+    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES), edited)
 
 
 def build(
@@ -157,7 +159,8 @@ def build(
         return existing
     with artifacts.unpublished(store) as folder:
         try:
-            _fill(folder, todo, verify)
+            with _blaming_edits(todo):
+                _fill(folder, todo, verify)
             artifacts.publish(folder, final)
         except OSError as error:
             raise BuildError(f"cannot write the artifact to {str(store)!r}: {error.strerror or error}") from error
@@ -181,14 +184,16 @@ def _fill(folder: pathlib.Path, todo: Plan, verify: bool) -> None:
     functions = _prim_funcs(module)
     host = _start_host(todo, list(functions), work)
     try:
-        stages = compiler.compile_object(
+        compiler.compile_object(
             compiler.schedule(functions, todo.geometry, todo.target, todo.knobs), todo.target, work / "stages.o"
         )
+    except BaseException:
+        os.killpg(host.pid, signal.SIGKILL)  # the driver and the compiler that it started
+        raise
     finally:
         output = host.communicate()[0]
     if host.returncode:
         raise BuildError(f"compiling the generated host failed: {_last_line(output)}")
-    del stages
     _link(work, folder / artifacts.LIBRARY)
     shutil.rmtree(work)
     manifest = _manifest(todo, list(functions))
@@ -197,6 +202,22 @@ def _fill(folder: pathlib.Path, todo: Plan, verify: bool) -> None:
     (folder / artifacts.VERIFICATION).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / artifacts.MANIFEST).unlink()
     artifacts.seal(folder, manifest | {"verified": report["status"]})
+
+
+@contextlib.contextmanager
+def _blaming_edits(todo: Plan) -> Iterator[None]:
+    """Whatever goes wrong with an edited TE module is its author's to read, not a defect of moegen."""
+    try:
+        yield
+    except (MoegenError, OSError):
+        raise
+    except Exception as error:
+        if not todo.edited:
+            raise
+        reason = f"{type(error).__name__}: {_last_line(str(error))}"
+        raise BuildError(
+            f"the edited TE module cannot be built, it does not fit its CONFIG, TILING or schedules: {reason}"
+        ) from error
 
 
 def _prim_funcs(module: Any) -> dict[str, Any]:
@@ -213,7 +234,7 @@ def _start_host(todo: Plan, functions: list[str], work: pathlib.Path) -> subproc
     (work / "host.cc").write_text(emission.host_source(todo.geometry, functions), encoding="utf-8")
     includes = [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
     command = [*_cxx(), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", "host.cc", "-o", "host.o", *includes]
-    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def _link(work: pathlib.Path, library: pathlib.Path) -> None:
@@ -255,7 +276,7 @@ def _manifest(todo: Plan, functions: list[str]) -> dict[str, Any]:
         "config": c.to_dict(),
         "target": todo.target.to_dict(),
         "tiling": dataclasses.asdict(g.tiling),
-        "knobs": {stage: dataclasses.asdict(k) for stage, k in todo.knobs.items()},
+        "knobs": {stage: dataclasses.asdict(todo.knobs[stage]) for stage in dict.fromkeys(map(llvm.stage_of, functions))},
         "segments": g.describe(),
         "packed_bytes": g.packed_bytes,
         "max_tokens": INT32_MAX // c.top_k,
@@ -332,7 +353,7 @@ def build_many(
     verify: bool = True,
     force: bool = False,
     jobs: int | None = None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Builds several layers in parallel processes; yields each outcome as it comes.
 
     Args:
@@ -345,16 +366,26 @@ def build_many(
             yield _attempt(config, options)
         return
     context = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    # Each worker leads a process group: the terminal's Ctrl-C is the parent's to handle, and killing one takes its compiler too.
+    executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=os.setpgrp)
     try:
-        futures = [executor.submit(_attempt, config, options) for config in configs]
+        futures = {executor.submit(_attempt, config, options): config for config in configs}
         for future in concurrent.futures.as_completed(futures):
-            yield future.result()
-    finally:
+            try:
+                yield future.result()
+            except concurrent.futures.BrokenExecutor:
+                layer = futures[future]
+                killed = BuildError("a build process was killed, perhaps for want of memory: try fewer at a time (jobs)")
+                yield Outcome(layer.config if isinstance(layer, Plan) else layer, None, killed, 0.0)
+    except BaseException:
         for process in list((getattr(executor, "_processes", None) or {}).values()):
-            if sys.exc_info()[0] is not None:
-                process.terminate()
+            process.terminate()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGTERM)
+        raise
+    finally:
         executor.shutdown(wait=True, cancel_futures=True)
+        artifacts.clear_leftovers(pathlib.Path(out) if out is not None else artifacts.default_store())
 
 
 def _attempt(config: MoEConfig | Plan, options: dict[str, Any]) -> Outcome:

@@ -18,7 +18,7 @@ from tvm import te
 from tvm.target import codegen
 
 from . import schedules  # noqa: F401  (makes the sub-package importable from a checkout)
-from .errors import BuildError, TargetError
+from .errors import BuildError, ScheduleError, TargetError
 from .geometry import Geometry
 from .schedules import llvm
 from .target import KINDS, X86_FEATURES, Target, host_arch, host_cpu_flags, vectors_of
@@ -89,6 +89,8 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
     sch = tvm.s_tir.Schedule(tvm.IRModule(dict(functions)))
     for name in functions:
         stage = llvm.stage_of(name)
+        if stage not in llvm.STAGES:
+            raise ScheduleError(f"there is no schedule for stage {stage!r}; known: {', '.join(llvm.STAGES)}")
         module = llvm.STAGES[stage]
         module.check(geometry, target, knobs[stage])
         sch.work_on(name)

@@ -14,7 +14,7 @@ from .config import MoEConfig
 
 VECTORS = 2
 ROW_CHUNK = 16
-ROUTER_K_BLOCK = 128  # short sums: a logit's rounding error decides near ties and is multiplied by exp()
+ROUTER_K_BLOCK = 32  # short sums: a logit's rounding error decides near ties and is multiplied by exp()
 ALIGNMENT_BYTES = 64
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

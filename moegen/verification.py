@@ -81,6 +81,7 @@ class _Proof:
         self.small = dataclasses.replace(c, experts=distinct, top_k=1, n_group=1, topk_group=1)
         self.most_tokens = max(FEWEST_TOKENS, int(REFERENCE_FLOPS / (2 * per_expert * c.top_k)))
         self.weights: dict[str, Array] = dict(reference.random_weights(self.small, rng))
+        self.lever = rng.choice([-1.0, 1.0], c.hidden)
         self.router = {
             name: reference.round_to_dtype(
                 rng.standard_normal(shape) * (c.hidden**-0.5 if name.endswith("weight") else 0.1),
@@ -118,8 +119,7 @@ class _Proof:
         """One case; its entry `failed` lists what was out of bounds."""
         router = self._router(routing)
         self.packer.router(self._source(router))
-        drawn = self.rng.standard_normal((tokens, self.config.hidden))
-        drawn[:, 0] = 1.0  # the lever of `_router`
+        drawn = self.rng.standard_normal((tokens, self.config.hidden)) + self.lever
         x = reference.round_to_dtype(drawn, self.config.dtype)
         given = _stored(x, self.config.dtype)
         out = HostArray(_poisoned(given.shape, self.config.dtype), self.config.dtype)
@@ -149,21 +149,27 @@ class _Proof:
         }
 
     def _router(self, routing: str) -> dict[str, Array]:
-        """Router weights that bring about a kind of routing: the first input is 1, so the first column shifts the logits."""
+        """Router weights that bring about a kind of routing: all inputs lean towards `lever`, so that a row of weights that
+        does so too has larger logits."""
         router, c = dict(self.router), self.config
-        weight = router["router.weight"] = router["router.weight"].copy()
-        order = self.rng.permutation(c.experts)
+        weight = router["router.weight"].copy()
+        place = self.rng.permutation(c.experts)
         if routing == "ties":
             weight[...] = weight[0]
             router |= {name: np.full_like(v, v[0]) for name, v in router.items() if v.ndim == 1}
         elif routing == "skewed":
-            weight[order, 0] = np.linspace(3.0, -3.0, c.experts)
+            weight += self._push(np.linspace(3.0, -3.0, c.experts)[place])
         elif routing == "all_to_one":
-            weight[order, 0] = np.where(np.arange(c.experts) < c.top_k, 6.0, -6.0)
+            weight += self._push(np.where(place < c.top_k, 6.0, -6.0))
         elif routing == "empty_experts":
-            weight[order, 0] = np.where(np.arange(c.experts) < max(c.top_k, c.experts // 2), 0.0, -6.0)
+            weight += self._push(np.where(place < max(c.top_k, c.experts // 2), 0.0, -6.0))
         router["router.weight"] = reference.round_to_dtype(weight, c.dtype)
         return router
+
+    def _push(self, logits: Array) -> Array:
+        """[E, H] weights that add about so much to each expert's logits."""
+        pushed: Array = (logits[:, None] * self.lever / self.config.hidden).astype(np.float32)
+        return pushed
 
     def _routing(
         self, routing: str, router: dict[str, Array], x: Array, got: Routing, failed: list[str]

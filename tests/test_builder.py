@@ -168,7 +168,7 @@ def test_emit_and_build_from(small: Plan, written: pathlib.Path, tmp_path: pathl
         check_against_reference(layer, weights, tokens(CONFIG, count, rng))
 
 
-RELU = "te.max(x, f32(0.0))"
+RELU = "tirx.Select(x < f32(0.0), f32(0.0), x)"
 
 
 def test_an_edit_that_keeps_the_meaning(small: Plan, written: pathlib.Path, tmp_path: pathlib.Path) -> None:

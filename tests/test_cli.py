@@ -125,7 +125,7 @@ def test_wrong_values_give_one_sentence(arguments: list[str], code: int, said: s
 
 
 def test_combinations() -> None:
-    found = cli.combinations({"experts": (2, 4), "top_k": (1, 4), "hidden": (32,), "dtype": "float16"})
+    found = options.combinations({"experts": (2, 4), "top_k": (1, 4), "hidden": (32,), "dtype": "float16"})
     assert [c.fields for c in found if c.config is None] == [{"experts": 2, "top_k": 4}]
     legal = [c.config for c in found if c.config]
     assert [(c.experts, c.top_k) for c in legal] == [(2, 1), (4, 1), (4, 4)]
@@ -133,7 +133,7 @@ def test_combinations() -> None:
 
 
 def test_combinations_that_are_the_same_layer_are_built_once() -> None:
-    assert len(cli.combinations({"experts": 4, "top_k": 1, "hidden": 32, "intermediate": (0, 128)})) == 1
+    assert len(options.combinations({"experts": 4, "top_k": 1, "hidden": 32, "intermediate": (0, 128)})) == 1
 
 
 # ---------------------------------------------------------------- build
@@ -270,7 +270,7 @@ def test_brief_names_what_is_unusual() -> None:
     config = moegen.MoEConfig(
         experts=8, top_k=2, hidden=64, gating="sigmoid", correction_bias=True, routed_scaling=2.5, renormalize=False
     )
-    assert cli._brief(config) == "E8 K2 H64 I256 float32 sigmoid swiglu renormalize=False routed_scaling=2.5 correction_bias"
+    assert display.brief(config) == "E8 K2 H64 I256 float32 sigmoid swiglu renormalize=False routed_scaling=2.5 correction_bias"
 
 
 # ---------------------------------------------------------------- inspect

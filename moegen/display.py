@@ -1,0 +1,144 @@
+"""What the command line prints: artifacts, proofs and results as text, tables and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from . import artifact as artifacts
+from .artifact import Artifact
+from .config import MoEConfig
+from .errors import ArtifactError
+from .target import host_arch, missing_features
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def proof(report: Mapping[str, Any]) -> str:
+    status = report.get("verified") or report["status"]
+    if status == "skipped":
+        return f"not verified ({report['reason']})"
+    return f"verified (worst relative L2 error {report['worst_relative_l2']:.1e})"
+
+
+def summary(done: Sequence[Mapping[str, Any]], skipped: int) -> str:
+    failed = sum("error" in result for result in done)
+    found = sum(bool(result.get("already_built")) for result in done)
+    counts = {"built": len(done) - failed - found, "already built": found, "failed": failed, "skipped as illegal": skipped}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "built")
+
+
+def listed(found: Artifact | ArtifactError) -> dict[str, Any]:
+    """One line of the list as plain JSON values."""
+    try:
+        if isinstance(found, ArtifactError):
+            raise found
+        artifacts.check_files(found)
+    except ArtifactError as error:
+        return {"error": one_line(error)}
+    return {
+        "name": found.name,
+        "path": str(found.path),
+        "layer": brief(found.config),
+        "config": found.config.to_dict(),
+        "target": found.target.to_dict(),
+        "runs_here": not obstacles_of(found),
+        "verified": found.manifest["verified"],
+        "created": found.manifest["created"],
+        "bytes": total_bytes(found),
+    }
+
+
+def brief(config: MoEConfig) -> str:
+    """E8 K2 H512 I2048 float32 softmax swiglu, and every field that is not as usual."""
+    c = config
+    words = [f"E{c.experts} K{c.top_k} H{c.hidden} I{c.intermediate} {c.dtype} {c.gating} {c.activation}"]
+    for field in dataclasses.fields(c)[7:]:
+        value = getattr(c, field.name)
+        if value != field.default:
+            words.append(field.name if value is True else f"{field.name}={value}")
+    return " ".join(words)
+
+
+def obstacles_of(made: Artifact) -> list[str]:
+    """What this machine lacks to run an artifact."""
+    return [made.target.arch] if made.target.arch != host_arch() else missing_features(made.target)
+
+
+def total_bytes(made: Artifact) -> int:
+    return sum(int(file["bytes"]) for file in made.manifest["files"].values())
+
+
+def description(made: Artifact, obstacles: Sequence[str]) -> Iterator[str]:
+    manifest, target, report = made.manifest, made.target, made.verification()
+    yield made.name
+    yield f"  path      {made.path}"
+    yield f"  built     {manifest['created']}, {size(total_bytes(made))}"
+    yield f"  layer     {brief(made.config)}"
+    yield f"  target    {target} ({target.arch}, {target.lanes} float32 lanes)"
+    yield f"  needs     {' '.join(target.features) or 'no special CPU features'}"
+    yield f"  runs here {'no, missing: ' + ', '.join(obstacles) if obstacles else 'yes'}"
+    yield f"  proof     {proof(report)}, seed {report.get('seed', 'none')}"
+    yield f"  tokens    at most {manifest['max_tokens']} per call"
+    yield f"  versions  {_pairs(manifest['versions'])}"
+    yield "\nconfiguration"
+    yield from (f"  {name} = {value}" for name, value in made.config.to_dict().items())
+    yield "\nfunctions"
+    yield from (f"  {name}({', '.join(arguments)})" for name, arguments in manifest["functions"].items())
+    yield f"\npacked weights, {size(manifest['packed_bytes'])}"
+    rows = [
+        (s["name"], s["dtype"], "x".join(map(str, s["shape"])), s["offset_bytes"], s["size_bytes"]) for s in manifest["segments"]
+    ]
+    yield table(("  segment", "dtype", "shape", "offset", "bytes"), [(f"  {row[0]}", *row[1:]) for row in rows])
+    yield "\nschedule"
+    yield f"  tiling: {_pairs(manifest['tiling'])}"
+    yield from (f"  {stage}: {_pairs(knobs) or 'fixed'}" for stage, knobs in manifest["knobs"].items())
+    yield "\nfiles"
+    files = [(f"  {name}", file["bytes"], file["sha256"]) for name, file in manifest["files"].items()]
+    yield table(("  file", "bytes", "sha256"), files)
+
+
+def proof_table(made: Artifact, report: Mapping[str, Any]) -> Iterator[str]:
+    columns = ("routing", "tokens", "relative_l2", "elementwise", "near_ties")
+    rows = [[f"{c[name]:.1e}" if isinstance(c[name], float) else c[name] for name in columns] for c in report["cases"]]
+    yield table(("routing", "T", "relative L2", "elementwise", "near ties"), rows)
+    bounds = report["bounds"]
+    yield f"bounds: relative L2 {bounds['relative_l2']:.0e}, elementwise {bounds['elementwise']:.0e}; seed {report['seed']}"
+    yield from (f"FAILED: {reason}" for reason in report["failures"])
+    yield f"{made.name}: {report['status']} in {report['seconds']:.1f} s"
+
+
+def as_json_text(value: Any) -> str:
+    return json.dumps(_plain(value), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: an error that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def size(count: int) -> str:
+    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1000
+        units.pop(0)
+    return f"{amount:.0f} {units[0]}" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,132 @@
+"""Command-line options of a layer, one for each field of `MoEConfig`, and the layers that they ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as introspection
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import click
+
+from . import config as layers
+from .config import MoEConfig
+from .display import one_line
+from .errors import ConfigError, TargetError
+
+TARGETS = ("llvm", "cuda")
+
+
+LISTED = ("experts", "top_k", "hidden", "intermediate")
+
+
+CHOICES = {
+    "dtype": layers.DTYPES,
+    "activation": layers.ACTIVATIONS,
+    "gating": layers.GATINGS,
+    "group_score": layers.GROUP_SCORES,
+}
+
+
+class Combination(NamedTuple):
+    """Fields of a layer, and the reason why they are illegal, if they are."""
+
+    fields: dict[str, Any]
+    config: MoEConfig | None
+    reason: str
+
+
+def combinations(fields: Mapping[str, Any]) -> list[Combination]:
+    """Every combination of the fields that hold several values, each different layer once."""
+    fields = {name: value[0] if isinstance(value, tuple) and len(value) == 1 else value for name, value in fields.items()}
+    names = [name for name, value in fields.items() if isinstance(value, tuple)]
+    found: dict[Any, Combination] = {}
+    for values in itertools.product(*(fields[name] for name in names)):
+        chosen = dict(zip(names, values, strict=True))
+        try:
+            config = MoEConfig.from_dict({**fields, **chosen})
+            found.setdefault(config, Combination(chosen, config, ""))
+        except ConfigError as error:
+            found.setdefault(values, Combination(chosen, None, str(error)))
+    return list(found.values())
+
+
+def _integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """`8`, or `8,16` for several."""
+    if value is None:
+        return None
+    try:
+        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a whole number or a list of them such as 8,16.") from None
+
+
+def _field_help() -> dict[str, str]:
+    """What the docstring of `MoEConfig` says about each field."""
+    section = re.search(r"Args:\n(.*?)(?:\n\n|\Z)", introspection.getdoc(MoEConfig) or "", re.DOTALL)
+    entries = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: one_line(text.replace("`", "")) for names, text in entries for name in names.split(", ")}
+
+
+def _field_option(field: dataclasses.Field[Any], text: str) -> Callable[[Any], Any]:
+    name, kind = "--" + field.name.replace("_", "-"), str(field.type).partition(" ")[0]
+    settings: dict[str, Any] = {"default": None, "help": _help(field, text)}
+    if kind == "bool":
+        name = f"{name}/--no-{name[2:]}"
+    elif field.name in LISTED:
+        settings |= {"callback": _integers, "metavar": "N[,N...]"}
+    elif field.name in CHOICES:
+        settings["type"] = click.Choice(CHOICES[field.name])
+    else:
+        settings["type"] = {"int": int, "float": float}.get(kind, str)
+    return click.option(name, field.name, **settings)
+
+
+def _help(field: dataclasses.Field[Any], text: str) -> str:
+    if field.default is dataclasses.MISSING or field.default is None or field.name == "intermediate":
+        return text
+    shown = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+    return f"{text} [default: {shown.lower() if isinstance(field.default, bool) else shown}]"
+
+
+def layer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for each field of `MoEConfig`, and those of the target."""
+    texts = _field_help()
+    options = [_field_option(field, texts.get(field.name, "")) for field in dataclasses.fields(MoEConfig)]
+    options += [
+        click.option(
+            "--model", type=click.Path(), help="Take the layer of this Hugging Face config.json; other options override it."
+        ),
+        click.option("--target", type=click.Choice(TARGETS), default="llvm", show_default=True, help="What to compile for."),
+        click.option("--mcpu", help="Processor as LLVM names it; `--mcpu help` lists them. [default: this machine's]"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def take_given(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the layer's fields that were given out of a command's options."""
+    fields = {field.name: options.pop(field.name) for field in dataclasses.fields(MoEConfig)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def wanted_layers(given: Mapping[str, Any], model: str | None) -> list[Combination]:
+    """The layers that a command line asks for."""
+    base = MoEConfig.from_hf(model).to_dict() if model else {}
+    missing = [name for name in ("experts", "top_k", "hidden") if name not in {**base, **given}]
+    if missing:
+        options = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise click.UsageError(f"Missing {options} (or --model).")
+    return combinations({**base, **given})
+
+
+def check_target(target: str) -> None:
+    if target == "cuda":
+        raise TargetError("target 'cuda' is not available in this version of moegen: use --target llvm")
+
+
+def skipped_line(combination: Combination) -> str:
+    return f"{' '.join(f'{name}={value}' for name, value in combination.fields.items())}: {one_line(combination.reason)}"
