@@ -20,7 +20,8 @@ if not (PACKAGE / "schedules").is_dir():  # a checkout: schedules, templates and
 
 if TYPE_CHECKING:
     from .artifact import Artifact, find_artifact, list_artifacts, open_artifact
-    from .builder import build, build_many
+    from .batch import build_many
+    from .builder import build
     from .config import MoEConfig
     from .errors import (
         ArtifactError,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "artifact": ("Artifact", "find_artifact", "list_artifacts", "open_artifact"),
-    "builder": ("build", "build_many"),
+    "batch": ("build_many",),
+    "builder": ("build",),
     "config": ("MoEConfig",),
     "errors": (
         "ArtifactError",

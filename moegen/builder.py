@@ -6,124 +6,32 @@ configuration -> geometry -> emitted TE -> scheduled TIR -> object ┐
 
 from __future__ import annotations
 
-import ast
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
-import multiprocessing
 import os
 import pathlib
-import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import tvm_ffi.libinfo
 
 from . import artifact as artifacts
-from . import verification
+from . import compiler, emission, verification
 from .artifact import Artifact
-from .config import MoEConfig, config_key
+from .config import MoEConfig
 from .errors import ArtifactError, BuildError, MoegenError, VerificationError
-from .geometry import Geometry, Tiling
 from .paths import package_folder
-from .target import Target
-from .version import __version__
-
-try:
-    from . import compiler, emission
-    from .schedules import llvm
-except ModuleNotFoundError as error:
-    if (error.name or "").split(".")[0] not in ("tvm", "jinja2"):
-        raise
-    raise BuildError(f"building needs the compiler ({error.name} is not installed): pip install 'moegen[build]'") from None
+from .plan import Plan, plan, versions
+from .schedules import llvm
 
 HOST_FILES = ("pool.h", "stage.h", "pack.h", "exports.map")
 INT32_MAX = 2**31 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything that decides what a build produces; two plans with the same key give the same artifact."""
-
-    geometry: Geometry
-    target: Target
-    te_source: str
-    knobs: dict[str, Any]
-    edited: bool = False
-
-    @property
-    def config(self) -> MoEConfig:
-        """The layer."""
-        return self.geometry.config
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of all inputs: configuration, target, tiling, knobs, sources and versions."""
-        parts = {
-            "config": config_key(self.config),
-            "target": self.target.to_dict(),
-            "tiling": dataclasses.asdict(self.geometry.tiling),
-            "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
-            "te_source": self.te_source,
-            "own_sources": _own_sources(),
-            "versions": {name: version for name, version in _versions().items() if name != "python"},
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def name(self) -> str:
-        """Name of the artifact's folder."""
-        c = self.config
-        sizes = f"e{c.experts}-k{c.top_k}-h{c.hidden}-i{c.intermediate}"
-        return f"moe-{sizes}-{c.dtype}-{c.gating}-{c.activation}-{self.target.mcpu}-{self.key[:10]}".replace("_", "-")
-
-
-def plan(config: MoEConfig, target: str = "llvm", mcpu: str | None = None, tiling: Tiling | None = None) -> Plan:
-    """What building `config` would do.
-
-    Raises:
-        TargetError: the target or the processor is unknown.
-        ScheduleError: the tiling is illegal.
-    """
-    resolved = compiler.resolve_target(target, mcpu)
-    geometry = Geometry(config, tiling or llvm.tiling.default(config, resolved))
-    return _plan(geometry, resolved, emission.te_source(geometry, resolved))
-
-
-def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None) -> Plan:
-    """What building an edited TE module would do; configuration and tiling are read from the file.
-
-    Raises:
-        BuildError: the file cannot be read or has no CONFIG and TILING.
-    """
-    file = pathlib.Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = {
-            node.targets[0].id: ast.literal_eval(node.value)
-            for node in ast.parse(text).body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("CONFIG", "TILING")
-        }
-        config, tiling = MoEConfig.from_dict(values["CONFIG"]), Tiling(**values["TILING"])
-    except (OSError, UnicodeDecodeError) as error:
-        raise BuildError(f"{str(file)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
-    except (SyntaxError, ValueError) as error:
-        raise BuildError(f"{file.name} is not a valid TE module: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise BuildError(f"{file.name} is not an emitted TE module: CONFIG or TILING is missing or incomplete ({error})") from error
-    return _plan(Geometry(config, tiling), compiler.resolve_target(target, mcpu), text, edited=True)
-
-
-def _plan(geometry: Geometry, target: Target, te_source: str, edited: bool = False) -> Plan:
-    llvm.tiling.check(geometry.config, target, geometry.tiling)
-    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES), edited)
 
 
 def build(
@@ -283,7 +191,7 @@ def _manifest(todo: Plan, functions: list[str]) -> dict[str, Any]:
         "functions": _functions(c),
         "stages": functions,
         "source_sha256": hashlib.sha256(todo.te_source.encode()).hexdigest(),
-        "versions": _versions(),
+        "versions": versions(),
         "verified": "pending",
     }
 
@@ -306,93 +214,6 @@ def _functions(c: MoEConfig) -> dict[str, list[str]]:
     }
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "moegen": __version__,
-        "apache-tvm": importlib.metadata.version("apache-tvm"),
-        "apache-tvm-ffi": importlib.metadata.version("apache-tvm-ffi"),
-        "python": platform.python_version(),
-    }
-
-
-def _own_sources() -> str:
-    """SHA-256 of the host templates and schedules, which decide the code as much as the TE text does."""
-    digest = hashlib.sha256()
-    for folder in ("templates/llvm", "schedules"):
-        top, _, rest = folder.partition("/")
-        for path in sorted((package_folder(top) / rest).rglob("*")):
-            if path.is_file() and path.suffix != ".pyc":
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 def _last_line(text: str) -> str:
     errors = [line for line in text.splitlines() if "error" in line.lower()]
     return (errors or text.strip().splitlines() or ["no output"])[0].strip()
-
-
-# ---------------------------------------------------------------- many at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How one of several builds ended: with an artifact (built now or found) or with the reason why not."""
-
-    config: MoEConfig
-    artifact: Artifact | None
-    error: MoegenError | None
-    seconds: float
-
-
-def build_many(
-    configs: Sequence[MoEConfig | Plan],
-    target: str = "llvm",
-    out: str | os.PathLike[str] | None = None,
-    *,
-    mcpu: str | None = None,
-    verify: bool = True,
-    force: bool = False,
-    jobs: int | None = None,
-) -> Generator[Outcome, None, None]:
-    """Builds several layers in parallel processes; yields each outcome as it comes.
-
-    Args:
-        jobs: processes at a time; None for one per processor, at most one per configuration.
-    """
-    workers = min(jobs or os.cpu_count() or 1, len(configs))
-    options = {"target": target, "out": out, "mcpu": mcpu, "verify": verify, "force": force}
-    if workers <= 1:
-        for config in configs:
-            yield _attempt(config, options)
-        return
-    context = multiprocessing.get_context("spawn")
-    # Each worker leads a process group: the terminal's Ctrl-C is the parent's to handle, and killing one takes its compiler too.
-    executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=os.setpgrp)
-    try:
-        futures = {executor.submit(_attempt, config, options): config for config in configs}
-        for future in concurrent.futures.as_completed(futures):
-            try:
-                yield future.result()
-            except concurrent.futures.BrokenExecutor:
-                layer = futures[future]
-                killed = BuildError("a build process was killed, perhaps for want of memory: try fewer at a time (jobs)")
-                yield Outcome(layer.config if isinstance(layer, Plan) else layer, None, killed, 0.0)
-    except BaseException:
-        for process in list((getattr(executor, "_processes", None) or {}).values()):
-            process.terminate()
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGTERM)
-        raise
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-        artifacts.clear_leftovers(pathlib.Path(out) if out is not None else artifacts.default_store())
-
-
-def _attempt(config: MoEConfig | Plan, options: dict[str, Any]) -> Outcome:
-    start = datetime.datetime.now()
-    layer = config.config if isinstance(config, Plan) else config
-    try:
-        made, error = build(config, **options), None
-    except MoegenError as caught:
-        made, error = None, caught
-    return Outcome(layer, made, error, (datetime.datetime.now() - start).total_seconds())

@@ -20,13 +20,14 @@ import click
 from . import artifact as artifacts
 from .artifact import Artifact
 from .config import MoEConfig
-from .display import as_json_text, brief, description, listed, obstacles_of, one_line, proof, proof_table, size, summary
+from .display import as_json_text, brief, description, listed, obstacles_of, one_line, proof, proof_table, size, summary, table
 from .errors import ArtifactError, MoegenError
 from .options import check_target, layer_options, skipped_line, take_given, wanted_layers
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .builder import Outcome, Plan
+    from .batch import Outcome
+    from .plan import Plan
 
 TRACEBACK = "MOEGEN_TRACEBACK"
 
@@ -109,9 +110,8 @@ def main() -> None:
 
 
 def _processors() -> list[str]:
-    from . import builder, compiler  # builder first: without the compiler, its error says what to install
+    from . import compiler
 
-    del builder
     return compiler.processors()
 
 
@@ -167,15 +167,15 @@ def build(
         _fail(
             illegal[0].reason if len(illegal) == 1 else f"none of {len(illegal)} combinations is legal; {skipped_line(illegal[0])}"
         )
-    from . import builder
+    from . import batch, plan
 
-    todo: Sequence[MoEConfig | Plan] = [builder.plan_from_source(source, target, mcpu)] if source else legal
+    todo: Sequence[MoEConfig | Plan] = [plan.plan_from_source(source, target, mcpu)] if source else legal
     for combination in illegal:
         click.echo(f"skipped {skipped_line(combination)}", err=True)
     before = _present(out)
     settings: dict[str, Any] = {"mcpu": mcpu, "verify": not no_verify, "force": force, "jobs": jobs}
     done = []
-    with contextlib.closing(_outcomes(builder.build_many(todo, target, out, **settings), len(todo))) as outcomes:
+    with contextlib.closing(_outcomes(batch.build_many(todo, target, out, **settings), len(todo))) as outcomes:
         for outcome in outcomes:
             click.get_current_context().obj.check()
             done.append(_result(outcome, before))
@@ -258,10 +258,10 @@ def emit(model: str | None, target: str, mcpu: str | None, host: bool, output: s
         raise click.UsageError("emit prints one layer: give one value for each option.")
     if wanted[0].config is None:
         _fail(wanted[0].reason)
-    from . import builder
+    from . import plan
 
-    plan = builder.plan(wanted[0].config, target, mcpu)
-    text = host_source(plan) if host else plan.te_source
+    todo = plan.plan(wanted[0].config, target, mcpu)
+    text = host_source(todo) if host else todo.te_source
     if output:
         pathlib.Path(output).write_text(text, encoding="utf-8")
     else:
@@ -298,9 +298,9 @@ def list_(out: str | None, as_json: bool) -> None:
     if not rows:
         click.echo(f"{str(store)!r} has no artifacts; `moegen build` makes one")
         return
-    table = [(r["name"], r["layer"], r["target"]["mcpu"], r["verified"], size(r["bytes"])) for r in rows if "error" not in r]
-    if table:
-        click.echo(table(("name", "layer", "target", "verified", "size"), table))
+    lines = [(r["name"], r["layer"], r["target"]["mcpu"], r["verified"], size(r["bytes"])) for r in rows if "error" not in r]
+    if lines:
+        click.echo(table(("name", "layer", "target", "verified", "size"), lines))
     for row in rows:
         if "error" in row:
             click.echo(f"damaged: {row['error']}")

@@ -12,16 +12,18 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-import tvm
-import tvm.s_tir
-from tvm import te
-from tvm.target import codegen
-
-from . import schedules  # noqa: F401  (makes the sub-package importable from a checkout)
-from .errors import BuildError, ScheduleError, TargetError
+from .errors import BuildError, ScheduleError, TargetError, without_compiler
 from .geometry import Geometry
 from .schedules import llvm
 from .target import KINDS, X86_FEATURES, Target, host_arch, host_cpu_flags, vectors_of
+
+try:
+    import tvm
+    import tvm.s_tir
+    from tvm import te
+    from tvm.target import codegen
+except ModuleNotFoundError as error:
+    raise without_compiler(error) from None
 
 
 def processors() -> list[str]:
@@ -65,7 +67,7 @@ def load_module(source: str, path: pathlib.Path) -> ModuleType:
     writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the edited text raises is the user's to read
+    except (Exception, SystemExit) as error:  # whatever the edited text raises is the user's to read
         raise BuildError(f"{path.name} fails when executed: {type(error).__name__}: {error}") from error
     finally:
         sys.dont_write_bytecode = writes_bytecode

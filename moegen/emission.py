@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import pprint
+import re
 from typing import Any
 
-import jinja2
-
 from .config import MoEConfig
+from .errors import without_compiler
 from .geometry import Geometry, Product
 from .paths import package_folder
 from .target import Target
 from .version import __version__
+
+try:
+    import jinja2
+except ModuleNotFoundError as error:
+    raise without_compiler(error) from None
 
 GATED_CALLS = {
     "swiglu": ("silu", "silu({gate}) * ({up})"),
@@ -38,7 +43,7 @@ def te_source(geometry: Geometry, target: Target) -> str:
     ffns: list[tuple[str, Product, Product]] = [("expert", geometry.up, geometry.down)]
     if config.shared_intermediate:
         ffns.append(("shared", geometry.shared_up, geometry.shared_down))
-    return (
+    text = (
         _environment()
         .get_template("te/module.py.jinja")
         .render(
@@ -56,6 +61,7 @@ def te_source(geometry: Geometry, target: Target) -> str:
             out=geometry.down,
         )
     )
+    return re.sub(r"\n{2,}(?=def )", "\n\n\n", text)  # two blank lines between functions, whatever was left out
 
 
 def host_source(geometry: Geometry, stages: list[str]) -> str:

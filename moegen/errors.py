@@ -23,6 +23,11 @@ class BuildError(MoegenError, RuntimeError):
     """Emission, compilation or linking failed; nothing was left behind."""
 
 
+def without_compiler(missing: ModuleNotFoundError) -> BuildError:
+    """What to say when a package of the `[build]` extra is not installed."""
+    return BuildError(f"building needs the compiler ({missing.name} is not installed): pip install 'moegen[build]'")
+
+
 class VerificationError(MoegenError, RuntimeError):
     """A compiled module does not agree with the float64 reference."""
 

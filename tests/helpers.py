@@ -14,7 +14,7 @@ import numpy as np
 import moegen
 from moegen import reference
 from moegen.arrays import HostArray, empty_aligned, to_float32, to_storage
-from moegen.builder import plan
+from moegen.plan import plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {"experts": 2, "top_k": 1, "hidden": 16, "intermediate": 
 RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 5e-3, "float16": 5e-3}
 # |error| <= ulp * |expected| + 3e-5 * rms of the token: one rounding of the output on top of float32 arithmetic.
 HALF_ULP = {"float32": 3e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
-FLOAT16_TINY = 2.0**-24
+FLOAT16_TINY, FLOAT32_TINY = 2.0**-24, 2.0**-126
 LOGIT_ERROR = 5e-6  # relative to the largest logit (to 1 at least for scores); a choice decided by less may go either way
 
 
@@ -72,12 +72,12 @@ def assert_close(config: moegen.MoEConfig, got: np.ndarray, expected: np.ndarray
         return
     assert np.isfinite(got).all()
     error = np.abs(got - expected)
-    norm = np.linalg.norm(expected)
-    if norm > 0:
-        assert np.linalg.norm(error) / norm <= RELATIVE_L2[config.dtype]
+    underflow = FLOAT16_TINY if config.dtype == "float16" else FLOAT32_TINY
+    relative = np.linalg.norm(error) / (np.linalg.norm(expected) + underflow / RELATIVE_L2[config.dtype] * np.sqrt(error.size))
+    assert relative <= RELATIVE_L2[config.dtype], f"relative L2 error {relative:.2e}"
     rms = np.sqrt(np.mean(expected**2, axis=-1, keepdims=True))
     rms = np.maximum(rms, 1e-3 * np.sqrt(np.mean(expected**2)))  # a token whose parts cancel is not held to its own size
-    bound = HALF_ULP[config.dtype] * np.abs(expected) + 3e-5 * rms + (FLOAT16_TINY if config.dtype == "float16" else 0.0)
+    bound = HALF_ULP[config.dtype] * np.abs(expected) + 3e-5 * rms + underflow
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert (error <= bound).all(), (
         f"at {worst}: {got[worst]} instead of {expected[worst]}, off by {error[worst] / bound[worst]:.2f} x the bound"

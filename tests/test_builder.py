@@ -15,8 +15,10 @@ from helpers import TINY, check_against_reference, tokens
 
 import moegen
 from moegen import BuildError, ScheduleError, TargetError, VerificationError, artifact, builder, reference
-from moegen.builder import Plan, build_many, plan, plan_from_source
+from moegen import plan as planning
+from moegen.batch import build_many
 from moegen.geometry import Geometry, Tiling
+from moegen.plan import Plan, plan, plan_from_source
 
 CONFIG = moegen.MoEConfig(**TINY)
 # Few register tiles: a build of a second or two.
@@ -104,10 +106,10 @@ def test_the_key_knows_everything_else(small: Plan, monkeypatch: pytest.MonkeyPa
     changed = dataclasses.replace(knobs, **{field.name: getattr(knobs, field.name) + 1})
     keys.append(dataclasses.replace(small, knobs=small.knobs | {stage: changed}).key)
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "__version__", "0.0.0")
+        patch.setattr(planning, "__version__", "0.0.0")
         keys.append(small.key)
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "package_folder", lambda name: tmp_path / name)
+        patch.setattr(planning, "package_folder", lambda name: tmp_path / name)
         (tmp_path / "templates" / "llvm").mkdir(parents=True)
         (tmp_path / "templates" / "llvm" / "pool.h").write_text("// another pool")
         (tmp_path / "schedules").mkdir()

@@ -21,8 +21,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moegen
-from moegen import builder, cli, verification
-from moegen.builder import Outcome
+from moegen import batch, builder, cli, display, options, plan, verification
+from moegen.batch import Outcome
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = ("build", "emit", "list", "inspect", "verify")
@@ -180,7 +180,7 @@ def test_build_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         seen.update(settings, configs=list(configs), target=target, out=out)
         yield from ()
 
-    monkeypatch.setattr(builder, "build_many", build_many)
+    monkeypatch.setattr(batch, "build_many", build_many)
     extra = ["--gating", "sigmoid", "--no-renormalize", "--correction-bias", "--capacity-factor", "1.5", "--routed-scaling", "2.5"]
     run("build", *OPTIONS, *extra, "--mcpu", "x86-64-v3", "--out", tmp_path, "--jobs", "3", "--force", "--no-verify")
     special = {"gating": "sigmoid", "renormalize": False, "correction_bias": True, "capacity_factor": 1.5, "routed_scaling": 2.5}
@@ -198,7 +198,7 @@ def test_build_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_failed_builds(monkeypatch: pytest.MonkeyPatch, tiny: moegen.Artifact, as_json: bool) -> None:
     made = [outcome(artifact=tiny), outcome(error=moegen.BuildError("the linker\nis on strike"))]
-    monkeypatch.setattr(builder, "build_many", lambda *_, **__: iter(made))
+    monkeypatch.setattr(batch, "build_many", lambda *_, **__: iter(made))
     options = ["--json"] if as_json else []
     result = run("build", *OPTIONS, "--top-k", "1,2", "--out", tiny.path.parent, *options, code=1)
     if as_json:
@@ -228,7 +228,7 @@ def test_processors_can_be_listed() -> None:
 
 def test_emit_prints_what_is_built(tmp_path: pathlib.Path, tiny: moegen.Artifact) -> None:
     text = run("emit", *OPTIONS).stdout
-    assert text == builder.plan(CONFIG).te_source
+    assert text == plan.plan(CONFIG).te_source
     assert text == (tiny.path / "te_source.py").read_text()
     assert run("emit", *OPTIONS, "-o", tmp_path / "te.py").stdout == ""
     assert (tmp_path / "te.py").read_text() == text
@@ -388,7 +388,7 @@ def test_unexpected_errors_are_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object, **__: object) -> None:
         raise KeyError("stage")
 
-    monkeypatch.setattr(builder, "build_many", fail)
+    monkeypatch.setattr(batch, "build_many", fail)
     assert sentence("build", *OPTIONS).startswith("unexpected KeyError: 'stage'")
     monkeypatch.setenv("MOEGEN_TRACEBACK", "1")
     assert isinstance(CliRunner().invoke(cli.main, ["build", *OPTIONS]).exception, KeyError)
@@ -431,7 +431,7 @@ def test_interrupt_that_the_compiler_swallows(monkeypatch: pytest.MonkeyPatch) -
             raise RuntimeError from None
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(builder, "build_many", swallow)
+    monkeypatch.setattr(batch, "build_many", swallow)
     assert run("build", *OPTIONS, code=130).stderr == "Interrupted.\n"
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -31,19 +31,23 @@ ORDER = (
     ("emission",),
     ("schedules",),
     ("compiler",),
+    ("plan",),
     ("builder",),
+    ("batch",),
+    ("display",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
-RUNTIME_NEVER = {"emission", "compiler", "builder", "schedules", "verification", "reference", "cli"}
+RUNTIME_NEVER = {"emission", "compiler", "plan", "builder", "batch", "schedules", "verification", "reference", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler"},
     "jinja2": {"emission"},
-    "click": {"cli"},
+    "click": {"cli", "options"},
     "tqdm": {"cli"},
     "torch": set(),
     "ml_dtypes": set(),

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 import moegen
 from moegen import reference
-from moegen.builder import plan
 from moegen.config import ACTIVATIONS, DTYPES
+from moegen.plan import plan
 
 # ---------------------------------------------------------------- the table
 
@@ -150,6 +150,27 @@ def test_variant(row: dict[str, Any], store: pathlib.Path, rng: np.random.Genera
     if config.capacity_factor is None:
         some = rng.permutation(300)[:23]
         np.testing.assert_array_equal(bits(layer(stored(x[some], config.dtype))), bits(out)[some], "tokens in another order")
+    _check_sick_tokens(layer, x)
+
+
+def _check_sick_tokens(layer: moegen.Layer, x: np.ndarray) -> None:
+    """NaN and infinite tokens get valid, distinct experts and leave the routing of all others as it is."""
+    config = layer.config
+    clean = layer.route(stored(x, config.dtype))
+    dirty = x.copy()
+    dirty[5:20] = np.nan
+    dirty[20:30, 0] = np.inf
+    dirty[30:40, 0] = -np.inf
+    routing = layer.route(stored(dirty, config.dtype))
+    ids = np.sort(routing.ids.data, axis=1)
+    assert ((ids >= 0) & (ids < config.experts)).all()
+    assert (np.diff(ids, axis=1) > 0).all()
+    assert routing.load.sum() == ids.size
+    healthy = np.r_[0:5, 40 : len(x)]
+    np.testing.assert_array_equal(routing.ids.data[healthy], clean.ids.data[healthy])
+    np.testing.assert_array_equal(bits(routing.weights)[healthy], bits(clean.weights)[healthy])
+    y = values(layer(stored(dirty, config.dtype)))
+    assert np.isfinite(y[healthy]).all()
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
@@ -297,28 +318,6 @@ def test_not_a_number_stays_in_its_token(
         assert (np.diff(ids, axis=1) > 0).all(), "distinct in each token"
         assert routing.load.sum() == count * config.top_k
         assert routing.dropped == 0
-
-
-@pytest.mark.parametrize("gating", ["deepseek_v3", "deepseek_v2", "gpt_oss", "llama4"])
-def test_not_a_number_in_other_routers(gating: str, store: pathlib.Path, rng: np.random.Generator) -> None:
-    """Groups, correction biases and sigmoids have their own ways to go wrong: these are layers of the table."""
-    row = next(row for row in TABLE if row["id"].startswith(gating) and row["activation"] not in ("gelu", "geglu"))
-    config = _config(row)
-    layer, _ = _bound(moegen.load(_build(row, store).path, threads=2), rng)
-    x = tokens(config, 60, rng)
-    clean = layer.route(stored(x, config.dtype))
-    dirty = x.copy()
-    dirty[5:20] = np.nan
-    dirty[20:30, 0] = np.inf
-    dirty[30:40, 0] = -np.inf
-    routing = layer.route(stored(dirty, config.dtype))
-    ids = np.sort(routing.ids.data, axis=1)
-    assert ((ids >= 0) & (ids < config.experts)).all()
-    assert (np.diff(ids, axis=1) > 0).all()
-    healthy = np.r_[0:5, 40:60]
-    np.testing.assert_array_equal(routing.ids.data[healthy], clean.ids.data[healthy])
-    np.testing.assert_array_equal(bits(routing.weights)[healthy], bits(clean.weights)[healthy])
-    assert np.isfinite(values(layer(stored(dirty, config.dtype)))[healthy[:1]]).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-4, 1e4, 1e12])

@@ -224,7 +224,7 @@ SURE = 1e-5  # float32 rounding moves these small blocks' choice scores by less
 BUILD_SCRIPT = """
 import json, sys
 from moegen import MoEConfig
-from moegen.builder import build_many
+from moegen.batch import build_many
 
 given = json.load(sys.stdin)
 configs = [MoEConfig.from_dict(fields) for fields in given["configs"]]

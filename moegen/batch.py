@@ -1,0 +1,85 @@
+"""Several builds at once, in parallel processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import multiprocessing
+import os
+import pathlib
+import signal
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from . import artifact as artifacts
+from .artifact import Artifact
+from .builder import build
+from .config import MoEConfig
+from .errors import BuildError, MoegenError
+from .plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How one of several builds ended: with an artifact (built now or found) or with the reason why not."""
+
+    config: MoEConfig
+    artifact: Artifact | None
+    error: MoegenError | None
+    seconds: float
+
+
+def build_many(
+    configs: Sequence[MoEConfig | Plan],
+    target: str = "llvm",
+    out: str | os.PathLike[str] | None = None,
+    *,
+    mcpu: str | None = None,
+    verify: bool = True,
+    force: bool = False,
+    jobs: int | None = None,
+) -> Generator[Outcome, None, None]:
+    """Builds several layers in parallel processes; yields each outcome as it comes.
+
+    Args:
+        jobs: processes at a time; None for one per processor, at most one per configuration.
+    """
+    workers = min(jobs or os.cpu_count() or 1, len(configs))
+    options = {"target": target, "out": out, "mcpu": mcpu, "verify": verify, "force": force}
+    if workers <= 1:
+        for config in configs:
+            yield _attempt(config, options)
+        return
+    context = multiprocessing.get_context("spawn")
+    # Each worker leads a process group: the terminal's Ctrl-C is the parent's to handle, and killing one takes its compiler too.
+    executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=os.setpgrp)
+    try:
+        futures = {executor.submit(_attempt, config, options): config for config in configs}
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                yield future.result()
+            except concurrent.futures.BrokenExecutor:
+                layer = futures[future]
+                killed = BuildError("a build process was killed, perhaps for want of memory: try fewer at a time (jobs)")
+                yield Outcome(layer.config if isinstance(layer, Plan) else layer, None, killed, 0.0)
+    except BaseException:
+        for process in list((getattr(executor, "_processes", None) or {}).values()):
+            process.terminate()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGTERM)
+        raise
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        artifacts.clear_leftovers(pathlib.Path(out) if out is not None else artifacts.default_store())
+
+
+def _attempt(config: MoEConfig | Plan, options: dict[str, Any]) -> Outcome:
+    start = datetime.datetime.now()
+    layer = config.config if isinstance(config, Plan) else config
+    try:
+        made, error = build(config, **options), None
+    except MoegenError as caught:
+        made, error = None, caught
+    return Outcome(layer, made, error, (datetime.datetime.now() - start).total_seconds())

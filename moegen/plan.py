@@ -1,0 +1,126 @@
+"""What a build will do: everything that decides the artifact, in one value with one key."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+from . import compiler, emission
+from .config import MoEConfig, config_key
+from .errors import BuildError
+from .geometry import Geometry, Tiling
+from .paths import package_folder
+from .schedules import llvm
+from .target import Target
+from .version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides what a build produces; two plans with the same key give the same artifact."""
+
+    geometry: Geometry
+    target: Target
+    te_source: str
+    knobs: dict[str, Any]
+    edited: bool = False
+
+    @property
+    def config(self) -> MoEConfig:
+        """The layer."""
+        return self.geometry.config
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of all inputs: configuration, target, tiling, knobs, sources and versions."""
+        parts = {
+            "config": config_key(self.config),
+            "target": self.target.to_dict(),
+            "tiling": dataclasses.asdict(self.geometry.tiling),
+            "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
+            "te_source": self.te_source,
+            "own_sources": _own_sources(),
+            "versions": {name: version for name, version in versions().items() if name != "python"},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Name of the artifact's folder."""
+        c = self.config
+        sizes = f"e{c.experts}-k{c.top_k}-h{c.hidden}-i{c.intermediate}"
+        return f"moe-{sizes}-{c.dtype}-{c.gating}-{c.activation}-{self.target.mcpu}-{self.key[:10]}".replace("_", "-")
+
+
+def plan(config: MoEConfig, target: str = "llvm", mcpu: str | None = None, tiling: Tiling | None = None) -> Plan:
+    """What building `config` would do.
+
+    Raises:
+        TargetError: the target or the processor is unknown.
+        ScheduleError: the tiling is illegal.
+    """
+    resolved = compiler.resolve_target(target, mcpu)
+    chosen = tiling or llvm.tiling.default(config, resolved)
+    llvm.tiling.check(config, resolved, chosen)
+    geometry = Geometry(config, chosen)
+    return _plan(geometry, resolved, emission.te_source(geometry, resolved))
+
+
+def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None) -> Plan:
+    """What building an edited TE module would do; configuration and tiling are read from the file.
+
+    Raises:
+        BuildError: the file cannot be read or has no CONFIG and TILING.
+    """
+    file = pathlib.Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = {
+            node.targets[0].id: ast.literal_eval(node.value)
+            for node in ast.parse(text).body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("CONFIG", "TILING")
+        }
+        config, tiling = MoEConfig.from_dict(values["CONFIG"]), Tiling(**values["TILING"])
+        if not all(type(value) is int for value in values["TILING"].values()):
+            raise TypeError("TILING must hold whole numbers")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BuildError(f"{str(file)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise BuildError(f"{file.name} is not a valid TE module: {error or type(error).__name__}") from error
+    except (KeyError, TypeError) as error:
+        raise BuildError(f"{file.name} is not an emitted TE module: CONFIG or TILING is missing or incomplete ({error})") from error
+    resolved = compiler.resolve_target(target, mcpu)
+    llvm.tiling.check(config, resolved, tiling)
+    return _plan(Geometry(config, tiling), resolved, text, edited=True)
+
+
+def _plan(geometry: Geometry, target: Target, te_source: str, edited: bool = False) -> Plan:
+    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES), edited)
+
+
+def _own_sources() -> str:
+    """SHA-256 of the host templates and schedules, which decide the code as much as the TE text does."""
+    digest = hashlib.sha256()
+    for folder in ("templates/llvm", "schedules"):
+        top, _, rest = folder.partition("/")
+        for path in sorted((package_folder(top) / rest).rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the build depends on."""
+    return {
+        "moegen": __version__,
+        "apache-tvm": importlib.metadata.version("apache-tvm"),
+        "apache-tvm-ffi": importlib.metadata.version("apache-tvm-ffi"),
+        "python": platform.python_version(),
+    }
