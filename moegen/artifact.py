@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .config import MoEConfig
@@ -90,12 +90,27 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     if isinstance(schema, int) and schema > SCHEMA_VERSION:
         raise ArtifactError(f"{folder.name} has schema {schema}, newer than this moegen reads ({SCHEMA_VERSION}): upgrade it")
     damaged = f"{folder.name}/{MANIFEST} is damaged: build the artifact again"
-    if any(name not in manifest for name in _REQUIRED) or manifest.get("manifest_sha256") != manifest_digest(manifest):
+    if schema != SCHEMA_VERSION or isinstance(schema, bool | float) or not _whole(manifest):
         raise ArtifactError(damaged)
     try:
         return Artifact(folder, MoEConfig.from_dict(manifest["config"]), Target.from_dict(manifest["target"]), manifest)
     except (MoegenError, TypeError, KeyError) as error:
         raise ArtifactError(damaged) from error
+
+
+def _whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has all its parts, as they were when it was sealed."""
+    if any(name not in manifest for name in _REQUIRED) or manifest.get("manifest_sha256") != manifest_digest(manifest):
+        return False
+    files = manifest["files"]
+    return (
+        isinstance(files, dict)
+        and {LIBRARY, TE_SOURCE} <= set(files)
+        and all(
+            isinstance(f, dict) and isinstance(f.get("bytes"), int) and isinstance(f.get("sha256"), str) and "/" not in name
+            for name, f in files.items()
+        )
+    )
 
 
 def check_loadable(artifact: Artifact) -> None:
@@ -256,22 +271,37 @@ def seal(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
     _sync(folder)
 
 
-def publish(folder: pathlib.Path, final: pathlib.Path) -> None:
-    """Renames a sealed folder to its final name; one that is already there (damaged, or by another build) is replaced."""
-    for _ in range(100):
-        try:
-            os.rename(folder, final)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            old = final.with_name(f"{_TEMPORARY}{os.getpid()}-old-{os.urandom(4).hex()}")
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(final, old)
+def publish(folder: pathlib.Path, final: pathlib.Path, keep: Callable[[], bool] = lambda: False) -> None:
+    """Renames a sealed folder to its final name.
+
+    Args:
+        keep: asked when something is there already: whether it stays (another build of the same was first). Otherwise it is
+            replaced; readers see the old one, nothing for the moment between two renames, or the new one.
+    """
+    old = final.with_name(f"{_TEMPORARY}{os.getpid()}-old-{os.urandom(4).hex()}")
+    try:
+        for _ in range(100):
+            try:
+                os.rename(folder, final)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                if keep():
+                    return
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(final, old)
+                    os.rename(folder, final)
+                    break
+            else:
+                break
+        else:
+            raise ArtifactError(f"{str(final)!r} is being replaced by other builds without end")
+        _sync(final.parent)
+    finally:
+        if old.is_dir():
             shutil.rmtree(old, ignore_errors=True)
         else:
-            _sync(final.parent)
-            return
-    raise ArtifactError(f"{str(final)!r} is being replaced by other builds without end")
+            old.unlink(missing_ok=True)
 
 
 def _sync(path: pathlib.Path) -> None:

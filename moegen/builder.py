@@ -69,7 +69,7 @@ def build(
         try:
             with _blaming_edits(todo):
                 _fill(folder, todo, verify)
-            artifacts.publish(folder, final)
+            artifacts.publish(folder, final, keep=lambda: not force and _already_built(final, todo) is not None)
         except OSError as error:
             raise BuildError(f"cannot write the artifact to {str(store)!r}: {error.strerror or error}") from error
     return artifacts.open_artifact(final)

@@ -6,6 +6,7 @@ Every name of TVM that moves between releases is used here and in `schedules/`, 
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping
@@ -105,11 +106,21 @@ def default_knobs(geometry: Geometry, target: Target, functions: Iterable[str]) 
     return {stage: llvm.STAGES[stage].default(geometry, target) for stage in dict.fromkeys(map(llvm.stage_of, functions))}
 
 
-def compile_object(module: Any, target: Target, path: pathlib.Path) -> Any:
-    """Compiles a scheduled module to the object file `path`; returns the compiled module for inspection."""
+def compile_object(module: Any, target: Target, path: pathlib.Path) -> None:
+    """Compiles a scheduled module to the object file `path`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     options: dict[str, Any] = {"kind": "llvm", "mcpu": target.mcpu}
     if target.disabled:
         options["mattr"] = [f"-{feature}" for feature in target.disabled]
     executable = tvm.compile(module, target=tvm.target.Target(options))
-    executable.mod.write_to_file(str(path), "o")
-    return executable.mod
+    # LLVM ends the process when its file cannot be written, so it writes to memory and the disk is ours to fail on.
+    memory = os.memfd_create("stages.o")
+    try:
+        executable.mod.write_to_file(f"/proc/self/fd/{memory}", "o")
+        with open(f"/proc/self/fd/{memory}", "rb") as written:
+            path.write_bytes(written.read())
+    finally:
+        os.close(memory)

@@ -42,13 +42,13 @@ class Packer:
     def router(self, source: WeightSource) -> None:
         """The router, with the shared expert's gate as one more column."""
         router, config = source.router(), self.config
-        weight = _present(router["weight"])
+        weight = self._rounded(_present(router["weight"]))
         if config.shared_gate:
-            gate = (source.shared() or {})["shared_gate"]
-            weight = HostArray(np.concatenate([arrays.to_float32(weight), arrays.to_float32(gate)]), "float32")
-        self._write("router", 0, weight)
+            gate = self._rounded((source.shared() or {})["shared_gate"])
+            weight = np.concatenate([weight, gate])
+        self._write("router", 0, HostArray(weight, "float32"))
         if config.router_bias:
-            bias = arrays.to_float32(_present(router["bias"]))
+            bias = self._rounded(_present(router["bias"]))
             self._write("router_bias", 0, HostArray(np.pad(bias, (0, int(config.shared_gate))), "float32"))
         if config.correction_bias:
             offset = int(self.segments["correction_bias"][1]["offset_bytes"])
@@ -62,14 +62,19 @@ class Packer:
             self._write("up", e, expert.get("gate"), expert["up"])
             self._write("down", e, expert["down"])
             if self.config.expert_bias:
-                self._write("up_bias", e, expert.get("gate_bias"), expert["up_bias"])
-                self._write("down_bias", e, expert["down_bias"])
+                biases = {name: HostArray(self._rounded(b), "float32") for name, b in expert.items() if name.endswith("bias")}
+                self._write("up_bias", e, biases.get("gate_bias"), biases["up_bias"])
+                self._write("down_bias", e, biases["down_bias"])
 
     def shared(self, source: WeightSource) -> None:
         """The shared expert, when there is one."""
         if shared := source.shared():
             self._write("shared_up", 0, shared.get("gate"), shared["up"])
             self._write("shared_down", 0, shared["down"])
+
+    def _rounded(self, array: HostArray) -> Array:
+        """float32 values of the layer's type: router and biases are stored wide, but hold what the type can."""
+        return arrays.to_float32(HostArray(arrays.to_storage(array, self.config.dtype), self.config.dtype))
 
     def _write(self, name: str, expert: int, *parts: HostArray | None) -> None:
         index, segment = self.segments[name]

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
+import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +87,8 @@ class Module:
         try:
             self._library = tvm_ffi.load_module(str(artifact.library.resolve()))
             self.functions = {name: self._library[f"moe_{name}"] for name in _FUNCTIONS}
+            self._calls = _Calls()
+            self.functions |= {name: self._calls.counted(self.functions[name]) for name in _COUNTED}
         except (RuntimeError, AttributeError, OSError) as error:
             raise ArtifactError(f"{artifact.name}/{artifact.library.name} cannot be loaded: {_first_line(error)}") from error
         self._pools: dict[int, int] = {}
@@ -104,7 +108,7 @@ class Module:
         Args:
             weights: names to arrays (NumPy, torch, DLPack), or a .safetensors file, its index, or a folder with either. The
                 canonical names and those of the model types that `MoEConfig.from_hf` knows are understood. Weights of another
-                float type are rounded to the layer's, to nearest even.
+                float type are rounded to the layer's, to nearest even; the correction bias stays float32.
             prefix, layout, gate_up: as in `moegen.weights.resolve`.
             threads: threads of this layer; None for the module's.
 
@@ -125,6 +129,7 @@ class Module:
             if threads not in self._pools:
                 self._pools[threads] = handle = self.functions["pool"](threads)
                 weakref.finalize(self, self.functions["pool_free"], handle)
+                weakref.finalize(self, self._calls.close)  # finalizers run last first: no call outlives a pool
             return self._pools[threads]
 
     def __repr__(self) -> str:
@@ -132,6 +137,40 @@ class Module:
 
 
 _FUNCTIONS = ("forward", "route", "experts", "workspace_bytes", "pack", "pool", "pool_free")
+_COUNTED = ("forward", "route", "experts", "workspace_bytes", "pack")
+
+
+class _Calls:
+    """The calls under way. A process that ends waits for those of its daemon threads, and lets them begin no other:
+    the thread pools that they use are freed then."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._running: set[int] = set()
+        self._pid = os.getpid()
+
+    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose calls are counted."""
+        running, identity = self._running, threading.get_ident
+
+        def call(*arguments: Any) -> Any:
+            me = identity()
+            running.add(me)
+            try:
+                if self._closed:
+                    running.discard(me)
+                    threading.Event().wait()  # in a daemon thread, while the process ends
+                return function(*arguments)
+            finally:
+                running.discard(me)
+
+        return call
+
+    def close(self) -> None:
+        """Waits until no call is under way; in a forked child there never was one."""
+        self._closed = True
+        while self._running and os.getpid() == self._pid:
+            time.sleep(0.001)
 
 
 class Layer:
@@ -164,6 +203,10 @@ class Layer:
             InputError: more tokens than the layer takes, or fewer than none.
         """
         limit = int(self.module.artifact.manifest["max_tokens"])
+        try:
+            tokens = operator.index(tokens)
+        except TypeError:
+            raise InputError(f"tokens={tokens!r} must be an integer") from None
         if not 0 <= tokens <= limit:
             raise InputError(f"tokens={tokens} must be between 0 and {limit}")
         return int(self._functions["workspace_bytes"](tokens))
@@ -199,6 +242,8 @@ class Layer:
             raise InputError(f"out has shape {list(to.shape)}, x has {list(rows.shape)}")
         if not to.data.flags.writeable:
             raise InputError("out is read-only")
+        if isinstance(out, np.ndarray) and not out.dtype.isnative:
+            raise InputError(f"out has dtype {out.dtype.str!r}, whose byte order is not this machine's")
         flat = rows.data.shape
         usable = to.data.flags.c_contiguous and arrays.is_aligned(to.data) and not np.may_share_memory(to.data, rows.data)
         target = to.data.reshape(flat) if usable else arrays.empty_aligned(flat, self.config.dtype)
@@ -261,14 +306,12 @@ class Layer:
         hidden, dtype = self.config.hidden, self.config.dtype
         if len(given.shape) not in (2, 3) or given.shape[-1] != hidden:
             raise InputError(f"{name} has shape {list(given.shape)}, expected [T, {hidden}] or [batch, sequence, {hidden}]")
-        data = given.data
-        if given.dtype != dtype:
-            if given.dtype not in LOSSLESS[dtype]:
-                raise InputError(f"{name} has dtype {given.dtype}, this layer takes {dtype}: convert it first")
-            data = arrays.to_storage(given, dtype)
-        tokens = data.size // hidden
+        tokens = given.data.size // hidden
         if tokens > (limit := int(self.module.artifact.manifest["max_tokens"])):
             raise InputError(f"{name} has {tokens} tokens; this layer takes at most {limit}")
+        if given.dtype != dtype and given.dtype not in LOSSLESS[dtype]:
+            raise InputError(f"{name} has dtype {given.dtype}, this layer takes {dtype}: convert it first")
+        data = arrays.to_storage(given, dtype)
         return _Rows(_ready(data).reshape(tokens, hidden), given.shape)
 
     def _jittered(self, rows: _Rows, jitter: Any) -> Array | None:

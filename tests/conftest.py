@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -29,7 +31,12 @@ def built(store: pathlib.Path) -> Callable[..., moegen.Artifact]:
     """Builds a layer into the session's store, or finds it there: built(experts=4, top_k=2, hidden=64, ...)."""
 
     def build(mcpu: str | None = None, verify: bool = True, **fields: Any) -> moegen.Artifact:
-        return moegen.build(moegen.MoEConfig(**fields), out=store, mcpu=mcpu, verify=verify)
+        config = moegen.MoEConfig(**fields)
+        store.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(f"{config.to_dict()} {mcpu}".encode()).hexdigest()[:16]
+        with open(store / f".lock-{name}", "w") as lock:  # the other processes wait for the one that builds it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return moegen.build(config, out=store, mcpu=mcpu, verify=verify)
 
     return build
 
