@@ -38,16 +38,22 @@ from .safetensors import open_safetensors
 LAYOUTS = ("output_first", "input_first")
 GATE_UPS = ("stacked", "interleaved")
 
-_BLOCK = re.compile(r"^(?:mlp|block_sparse_moe|feed_forward|mixer)\.")
-_ROUTER = re.compile(r"(?:router|gate)\.(weight|bias|correction_bias|e_score_correction_bias)")
-_SHARED = re.compile(r"(?:shared|shared_experts?)\.(gate|up|down)(?:_proj)?\.weight")
-_SHARED_GATE = re.compile(r"shared(?:_expert)?_gate\.weight")
-_STACKED = re.compile(r"experts\.(gate_up|gate|up|down)\.(weight|bias)")
-_PARAMETER = re.compile(r"experts\.(gate_up|gate|up|down)_proj(_bias)?")
-_PER_EXPERT = re.compile(r"experts\.(\d{1,9})\.(?:(gate_up|gate|up|down)(?:_proj)?|(w[123]))\.(weight|bias)")
+# Canonical names are looked up, so that only other names pay for compiling the patterns (which `re` keeps).
+_CANONICAL = frozenset(
+    [f"experts.{part}.{kind}" for part in ("gate_up", "gate", "up", "down") for kind in ("weight", "bias")]
+    + [f"router.{part}" for part in ("weight", "bias", "correction_bias")]
+    + [f"shared.{part}.weight" for part in ("gate", "up", "down")]
+    + ["shared_gate.weight"]
+)
+_BLOCKS = ("mlp.", "block_sparse_moe.", "feed_forward.", "mixer.")
+_ROUTER = r"(?:router|gate)\.(weight|bias|correction_bias|e_score_correction_bias)"
+_SHARED = r"(?:shared|shared_experts?)\.(gate|up|down)(?:_proj)?\.weight"
+_SHARED_GATE = r"shared(?:_expert)?_gate\.weight"
+_PARAMETER = r"experts\.(gate_up|gate|up|down)_proj(_bias)?"
+_PER_EXPERT = r"experts\.(\d{1,9})\.(?:(gate_up|gate|up|down)(?:_proj)?|(w[123]))\.(weight|bias)"
 _MIXTRAL = {"w1": "gate", "w2": "down", "w3": "up"}
-_QUANTIZED = re.compile(r"_blocks$|_scales?(?:_inv)?$|\.qweight$|\.qzeros$|_packed$")
-_LAYER_ROUTER = re.compile(r"(.+\.)(?<!experts\.)(?<!shared\.)(?<!\d\.)(?:gate|router)\.weight")
+_QUANTIZED = r"_blocks$|_scales?(?:_inv)?$|\.qweight$|\.qzeros$|_packed$"
+_LAYER_ROUTER = r"(.+\.)(?<!experts\.)(?<!shared\.)(?<!\d\.)(?:gate|router)\.weight"
 
 
 class _Given(NamedTuple):
@@ -153,7 +159,7 @@ def _select(weights: Mapping[str, Any], prefix: str) -> dict[str, str]:
             raise WeightsError(f"weight name {key!r} must be a string, not {type(key).__name__}")
     if prefix and not prefix.endswith("."):
         prefix += "."  # "layers.3" must not select "layers.30"
-    names = {key: _BLOCK.sub("", key[len(prefix) :]) for key in weights if key.startswith(prefix)}
+    names = {key: _without_block(key[len(prefix) :]) for key in weights if key.startswith(prefix)}
     if not names:
         raise WeightsError(f"no weight name starts with {prefix!r}{_layers_hint(weights)}" if weights else "there are no weights")
     return names
@@ -173,25 +179,29 @@ def _understand(config: MoEConfig, names: Mapping[str, str]) -> dict[tuple[str, 
         if other is not entry:
             raise WeightsError(f"{other.key!r} and {key!r} are both {entry.name!r}")
     if unknown:
-        quantized = next((key for key in unknown if _QUANTIZED.search(key)), None)
+        quantized = next((key for key in unknown if re.search(_QUANTIZED, key)), None)
         hint = f" ({quantized!r} looks quantized: dequantize the weights first)" if quantized else _layers_hint(names)
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         raise WeightsError(f"unknown weight names: {', '.join(unknown[:8])}{more}{hint}")
     return given
 
 
+def _without_block(name: str) -> str:
+    return next((name[len(block) :] for block in _BLOCKS if name.startswith(block)), name)
+
+
 def _parse(key: str, name: str) -> _Given | None:
-    if match := _ROUTER.fullmatch(name):
-        return _Given(key, f"router.{match[1].removeprefix('e_score_')}", None, False)
-    if match := _SHARED.fullmatch(name):
-        return _Given(key, f"shared.{match[1]}.weight", None, False)
-    if _SHARED_GATE.fullmatch(name):
-        return _Given(key, "shared_gate.weight", None, False)
-    if match := _STACKED.fullmatch(name):
+    if name in _CANONICAL:
         return _Given(key, name, None, False)
-    if match := _PARAMETER.fullmatch(name):
+    if match := re.fullmatch(_ROUTER, name):
+        return _Given(key, f"router.{match[1].removeprefix('e_score_')}", None, False)
+    if match := re.fullmatch(_SHARED, name):
+        return _Given(key, f"shared.{match[1]}.weight", None, False)
+    if re.fullmatch(_SHARED_GATE, name):
+        return _Given(key, "shared_gate.weight", None, False)
+    if match := re.fullmatch(_PARAMETER, name):
         return _Given(key, f"experts.{match[1]}.{'bias' if match[2] else 'weight'}", None, True)
-    if match := _PER_EXPERT.fullmatch(name):
+    if match := re.fullmatch(_PER_EXPERT, name):
         return _Given(key, f"experts.{match[2] or _MIXTRAL[match[3]]}.{match[4]}", int(match[1]), False)
     return None
 
@@ -218,7 +228,7 @@ def _check_wanted(config: MoEConfig, entry: _Given) -> None:
 
 
 def _layers_hint(names: Mapping[str, Any]) -> str:
-    prefixes = [match[1] for key in names if (match := _LAYER_ROUTER.fullmatch(key))]
+    prefixes = [match[1] for key in names if (match := re.fullmatch(_LAYER_ROUTER, key))]
     if not prefixes:
         return ""
     return f"; layers are at prefix={', '.join(repr(p) for p in prefixes[:3])}{' ...' if len(prefixes) > 3 else ''}"
