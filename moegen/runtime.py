@@ -8,9 +8,8 @@ from __future__ import annotations
 import operator
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ import tvm_ffi
 from . import arrays
 from .arrays import HostArray
 from .artifact import MANIFEST, Artifact, check_loadable, find_artifact, open_artifact
+from .calls import Calls
 from .config import MoEConfig
 from .errors import ArtifactError, InputError
 from .packing import Packer, readable
@@ -87,7 +87,7 @@ class Module:
         try:
             self._library = tvm_ffi.load_module(str(artifact.library.resolve()))
             self.functions = {name: self._library[f"moe_{name}"] for name in _FUNCTIONS}
-            self._calls = _Calls()
+            self._calls = Calls()
             self.functions |= {name: self._calls.counted(self.functions[name]) for name in _COUNTED}
         except (RuntimeError, AttributeError, OSError) as error:
             raise ArtifactError(f"{artifact.name}/{artifact.library.name} cannot be loaded: {_first_line(error)}") from error
@@ -138,39 +138,6 @@ class Module:
 
 _FUNCTIONS = ("forward", "route", "experts", "workspace_bytes", "pack", "pool", "pool_free")
 _COUNTED = ("forward", "route", "experts", "workspace_bytes", "pack")
-
-
-class _Calls:
-    """The calls under way. A process that ends waits for those of its daemon threads, and lets them begin no other:
-    the thread pools that they use are freed then."""
-
-    def __init__(self) -> None:
-        self._closed = False
-        self._running: set[int] = set()
-        self._pid = os.getpid()
-
-    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose calls are counted."""
-        running, identity = self._running, threading.get_ident
-
-        def call(*arguments: Any) -> Any:
-            me = identity()
-            running.add(me)
-            try:
-                if self._closed:
-                    running.discard(me)
-                    threading.Event().wait()  # in a daemon thread, while the process ends
-                return function(*arguments)
-            finally:
-                running.discard(me)
-
-        return call
-
-    def close(self) -> None:
-        """Waits until no call is under way; in a forked child there never was one."""
-        self._closed = True
-        while self._running and os.getpid() == self._pid:
-            time.sleep(0.001)
 
 
 class Layer:

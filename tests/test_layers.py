@@ -26,6 +26,7 @@ ORDER = (
     ("reference",),
     ("packing",),
     ("artifact",),
+    ("calls",),
     ("runtime",),
     ("verification",),
     ("emission",),
