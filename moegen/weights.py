@@ -33,7 +33,6 @@ import numpy.typing as npt
 from .arrays import FLOATS, HostArray, as_host_array, to_float32
 from .config import GATED_ACTIVATIONS, MoEConfig, weight_shapes
 from .errors import WeightsError
-from .safetensors import open_safetensors
 
 LAYOUTS = ("output_first", "input_first")
 GATE_UPS = ("stacked", "interleaved")
@@ -136,6 +135,8 @@ def resolve(
         if value is not None and value not in allowed:
             raise WeightsError(f"{argument}={value!r} must be one of {', '.join(allowed)}")
     if isinstance(weights, str | os.PathLike):
+        from .safetensors import open_safetensors  # here, because binding arrays should not pay for reading files
+
         weights = open_safetensors(weights)
     if not isinstance(weights, Mapping):
         raise WeightsError(
