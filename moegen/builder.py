@@ -190,6 +190,7 @@ def _manifest(todo: Plan, functions: list[str]) -> dict[str, Any]:
         "max_tokens": INT32_MAX // c.top_k,
         "functions": _functions(c),
         "stages": functions,
+        "parts": list(emission.PARTS),
         "source_sha256": hashlib.sha256(todo.te_source.encode()).hexdigest(),
         "versions": versions(),
         "verified": "pending",
@@ -205,6 +206,7 @@ def _functions(c: MoEConfig) -> dict[str, list[str]]:
     optional = [f"{argument} | None" for argument in (ids, weights, load, stats)]
     return {
         "moe_forward": [x, f"x_router {c.dtype} [T, {c.hidden}] | None", out, blob, workspace, pool, *optional],
+        "moe_profile": [x, out, blob, workspace, pool, f"seconds float64 [{len(emission.PARTS)}]"],
         "moe_route": [x, blob, workspace, pool, ids, weights, load, stats],
         "moe_experts": [x, ids, weights, out, blob, workspace, pool],
         "moe_workspace_bytes": ["T int"],

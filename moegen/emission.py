@@ -34,6 +34,7 @@ NEEDS = {
     "sigmoid": ("exp",),
     "normal_cdf": ("exp",),
 }
+PARTS = ("router", "topk", "dispatch", "gather", "up", "down", "combine", "finish")  # of a call, as `moe_profile` tells them apart
 ORDER = ("exp", "sigmoid", "normal_cdf", "silu", "relu", "relu2", "gelu", "gelu_tanh", "swiglu_clamped")
 
 
@@ -77,6 +78,7 @@ def host_source(geometry: Geometry, stages: list[str]) -> str:
             geometry=geometry,
             segments={s.name: s for s in geometry.segments},
             stages=stages,
+            parts=PARTS,
             dtype={"float32": "kF32", "bfloat16": "kBF16", "float16": "kF16"}[geometry.config.dtype],
         )
     )

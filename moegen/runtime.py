@@ -136,8 +136,8 @@ class Module:
         return f"Module({self.artifact.name})"
 
 
-_FUNCTIONS = ("forward", "route", "experts", "workspace_bytes", "pack", "pool", "pool_free")
-_COUNTED = ("forward", "route", "experts", "workspace_bytes", "pack")
+_FUNCTIONS = ("forward", "profile", "route", "experts", "workspace_bytes", "pack", "pool", "pool_free")
+_COUNTED = ("forward", "profile", "route", "experts", "workspace_bytes", "pack")
 
 
 class Layer:
@@ -217,6 +217,23 @@ class Layer:
         self._forward(rows, target, self._jittered(rows, jitter), False)
         if not usable:
             to.data[...] = target.reshape(rows.shape)
+
+    def profile(self, x: Any) -> dict[str, float]:
+        """Seconds that one call with `x` spends in each part of the layer, in the order in which they first run.
+
+        The shared expert counts as gather, up, down and combine; what is missing from the time of the call is Python's.
+
+        Raises:
+            InputError: the wrong shape, dtype or device.
+        """
+        rows = self._rows(x, "x")
+        out = arrays.empty_aligned(rows.data.shape, self.config.dtype)
+        parts = self.module.artifact.manifest["parts"]
+        seconds = arrays.empty_aligned(len(parts), np.float64)
+        workspace = self._take(len(rows.data))
+        self._functions["profile"](readable(rows.data), out, self.packed, workspace, self._pool, seconds)
+        self._give(workspace)
+        return dict(zip(parts, seconds.tolist(), strict=True))
 
     def route(self, x: Any, *, jitter: Any = None) -> Routing:
         """The router alone.

@@ -4,6 +4,7 @@
 #include <tvm/ffi/c_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <initializer_list>
 #include <string>
@@ -63,6 +64,33 @@ class Arguments {
   TVMFFIAny values_[kMost];
   DLTensor tensors_[kMost];
   int64_t shapes_[kMost][6];
+};
+
+// Where `Timed` adds up the seconds of each part of a call; null when nobody asked.
+inline thread_local double* watch = nullptr;
+
+class Watching {
+ public:
+  explicit Watching(double* seconds) { watch = seconds; }
+  ~Watching() { watch = nullptr; }
+};
+
+// Adds the time from here to Stop, or to the end of the scope, to a part.
+class Timed {
+ public:
+  explicit Timed(int part) : seconds_(watch != nullptr ? watch + part : nullptr) {
+    if (seconds_ != nullptr) start_ = std::chrono::steady_clock::now();
+  }
+  ~Timed() { Stop(); }
+  void Stop() {
+    if (seconds_ == nullptr) return;
+    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    seconds_ = nullptr;
+  }
+
+ private:
+  double* seconds_;
+  std::chrono::steady_clock::time_point start_;
 };
 
 // Arguments of an exported function.
