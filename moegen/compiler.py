@@ -1,6 +1,6 @@
-"""The only module that imports TVM: targets, scheduling of an emitted module and its machine code.
+"""TVM: targets, scheduling of an emitted module and its machine code.
 
-Every name of TVM that moves between releases is used here and in `schedules/`, nowhere else.
+Every name of TVM that moves between releases is used here, in `intrinsics`, `rewriting` and `schedules/`, nowhere else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ try:
     import tvm.s_tir
     from tvm import te
     from tvm.target import codegen
+
+    from . import intrinsics, rewriting
 except ModuleNotFoundError as error:
     raise without_compiler(error) from None
 
@@ -89,7 +91,9 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
     Raises:
         ScheduleError: knobs are illegal.
     """
+    intrinsics.register()
     sch = tvm.s_tir.Schedule(tvm.IRModule(dict(functions)))
+    wishes = {}
     for name in functions:
         stage = llvm.stage_of(name)
         if stage not in llvm.STAGES:
@@ -97,8 +101,8 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
         module = llvm.STAGES[stage]
         module.check(geometry, target, knobs[stage])
         sch.work_on(name)
-        module.apply(sch, name, knobs[stage])
-    return sch.mod
+        wishes[name] = module.apply(sch, name, geometry, knobs[stage])
+    return tvm.IRModule({name: rewriting.rewrite(sch.mod[name], wishes[name]) for name in functions})
 
 
 def default_knobs(geometry: Geometry, target: Target, functions: Iterable[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ NEEDS = {
     "sigmoid": ("exp",),
     "normal_cdf": ("exp",),
 }
-PARTS = ("router", "topk", "dispatch", "gather", "up", "down", "combine", "finish")  # of a call, as `moe_profile` tells them apart
+PARTS = ("router", "topk", "dispatch", "gather", "up", "down", "finish")  # of a call, as `moe_profile` tells them apart
 ORDER = ("exp", "sigmoid", "normal_cdf", "silu", "relu", "relu2", "gelu", "gelu_tanh", "swiglu_clamped")
 
 
@@ -86,7 +86,7 @@ def host_source(geometry: Geometry, stages: list[str]) -> str:
 
 def _tiling_dict(geometry: Geometry) -> dict[str, Any]:
     t = geometry.tiling
-    return {"lanes": t.lanes, "max_rows": t.max_rows, "chunk_rows": t.chunk_rows, "k_block": t.k_block}
+    return {"lanes": t.lanes, "max_rows": t.max_rows, "chunk_rows": t.chunk_rows, "k_block": t.k_block, "pair": t.pair}
 
 
 def _title(config: MoEConfig) -> str:

@@ -28,12 +28,15 @@ class Tiling:
         max_rows: largest register tile; a tile kernel exists for each row count 1..max_rows.
         chunk_rows: most rows that are gathered and taken through both products before the next ones.
         k_block: longest run of a dot product kept in one accumulator; block sums are added up (accuracy and cache).
+        pair: consecutive terms of a dot product that one instruction takes: 2 where rows and weights stay bfloat16
+            (`vdpbf16ps`), 1 where they are multiplied as float32.
     """
 
     lanes: int
     max_rows: int
     chunk_rows: int
     k_block: int
+    pair: int = 1
 
     @property
     def row_tiles(self) -> range:
@@ -45,7 +48,8 @@ class Tiling:
 class Product:
     """One `rows [*, k] @ weight [n, k].T` in panels.
 
-    `rows` is stored `[block, k_chunks, row, k_chunk]`, the weight `[count, panels, k_chunks * k_chunk, 2, lanes]`, zero-padded.
+    `rows` is stored `[block, k_chunks, row, k_chunk]`, the weight `[count, panels, k_chunks * k_chunk, 2, lanes]`, zero-padded;
+    with pairs `[count, panels, k_chunks * k_chunk / 2, 2, lanes, 2]`, so that both terms of a pair lie in one 32-bit lane.
     """
 
     count: int
@@ -57,6 +61,7 @@ class Product:
     panels: int
     lanes: int
     gated: bool
+    pair: int
 
     @property
     def columns(self) -> int:
@@ -76,7 +81,27 @@ class Product:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the packed weight."""
-        return (self.count, self.panels, self.k_padded, VECTORS, self.lanes)
+        shape = (self.count, self.panels, self.k_padded // self.pair, VECTORS, self.lanes)
+        return shape if self.pair == 1 else (*shape, self.pair)
+
+    @property
+    def row_dtype(self) -> str:
+        """Type of the stored rows."""
+        return "float32" if self.pair == 1 else "bfloat16"
+
+    @property
+    def parts(self) -> int:
+        """Runs of weights that are streamed as one: a block of the dot product of a panel."""
+        return self.panels * self.k_blocks
+
+    @property
+    def chunks_per_part(self) -> int:
+        """Row chunks of one block of the dot product."""
+        return self.k_chunks // self.k_blocks
+
+    def lines_per_chunk(self, dtype: str) -> int:
+        """Cache lines of weights that belong to one row chunk of one panel."""
+        return self.k_chunk * VECTORS * self.lanes * ITEM_BYTES[dtype] // ALIGNMENT_BYTES
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
@@ -116,7 +141,7 @@ class Geometry:
         n = c.experts + int(c.shared_gate)
         chunks = self.up.k_chunks  # the same gathered rows feed both products
         blocks = next(b for b in range(1, chunks + 1) if chunks % b == 0 and chunks // b * ROW_CHUNK <= ROUTER_K_BLOCK)
-        return Product(1, c.hidden, ROW_CHUNK, chunks, blocks, n, _ceil_div(n, VECTORS * lanes), lanes, False)
+        return Product(1, c.hidden, ROW_CHUNK, chunks, blocks, n, _ceil_div(n, VECTORS * lanes), lanes, False, self.tiling.pair)
 
     @property
     def up(self) -> Product:
@@ -153,7 +178,7 @@ class Geometry:
 
     def _segment_shapes(self) -> list[tuple[str, str, tuple[int, ...]]]:
         c = self.config
-        shapes: list[tuple[str, str, tuple[int, ...]]] = [("router", "float32", self.router.weight_shape)]
+        shapes: list[tuple[str, str, tuple[int, ...]]] = [("router", self.router.row_dtype, self.router.weight_shape)]
         if c.router_bias:
             shapes.append(("router_bias", "float32", self.router.bias_shape))
         if c.correction_bias:
@@ -181,13 +206,14 @@ def _first(count: int, k: int, n: int, gated: bool, tiling: Tiling) -> Product:
     k_chunks, k_blocks = _blocked(_ceil_div(k, ROW_CHUNK), ROW_CHUNK, tiling)
     columns = tiling.lanes * (1 if gated else VECTORS)
     panels, _ = _blocked(_ceil_div(n, columns), columns, tiling)
-    return Product(count, k, ROW_CHUNK, k_chunks, k_blocks, n, panels, tiling.lanes, gated)
+    return Product(count, k, ROW_CHUNK, k_chunks, k_blocks, n, panels, tiling.lanes, gated, tiling.pair)
 
 
 def _second(up: Product, n: int, tiling: Tiling) -> Product:
     """A product whose rows are the panels that `up` wrote."""
     k_chunks, k_blocks = _blocked(up.panels, up.columns, tiling)
-    return Product(up.count, up.n, up.columns, k_chunks, k_blocks, n, _ceil_div(n, VECTORS * tiling.lanes), tiling.lanes, False)
+    panels = _ceil_div(n, VECTORS * tiling.lanes)
+    return Product(up.count, up.n, up.columns, k_chunks, k_blocks, n, panels, tiling.lanes, False, tiling.pair)
 
 
 def _blocked(chunks: int, chunk: int, tiling: Tiling) -> tuple[int, int]:

@@ -250,10 +250,10 @@ BROKEN_BODIES: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "no stages": (("def stages(", "def stadia("), "stages"),
     "stages fails": (('    yield "topk", topk()', "    raise KeyError('mine')"), r"stages\(\) fails: KeyError: 'mine'"),
-    "a stage is missing": (('    yield "combine", combine()', ""), "combine"),
-    "an unknown stage": (('    yield "combine", combine()', '    yield "combine", combine()\n    yield "mine", combine()'), "mine"),
+    "a stage is missing": (('    yield "finish", finish()', ""), "finish"),
+    "an unknown stage": (('    yield "finish", finish()', '    yield "finish", finish()\n    yield "mine", finish()'), "mine"),
     "tile loop cut short": (("range(1, 2)", "range(1, 1)"), "router"),
-    "not tensors": (('yield "combine", combine()', 'yield "combine", [1, 2]'), "fails|combine"),
+    "not tensors": (('yield "finish", finish()', 'yield "finish", [1, 2]'), "fails|finish"),
 }
 
 

@@ -104,7 +104,6 @@ def _check_text(text: str, config: moegen.MoEConfig) -> ast.Module:
         "router",
         "topk",
         "dispatch",
-        "combine",
         "finish",
         "losses",
         "expert_up",

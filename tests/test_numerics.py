@@ -416,6 +416,8 @@ def _layers(draw: st.DrawFn) -> tuple[moegen.MoEConfig, dict[str, int], int]:
         "chunk_rows": chunk_rows,
         "k_block": draw(st.sampled_from([64, 96, 1024])),
     }
+    if draw(st.booleans()):
+        tiling["pair"] = 1  # bfloat16 widened and multiplied as float32, as where there is no instruction for it
     return config, tiling | {"max_rows": max_rows}, draw(st.integers(0, 70))
 
 

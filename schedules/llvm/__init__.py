@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import combine, dispatch, expert, finish, gather, losses, router, tiling, topk
+from . import dispatch, expert, finish, gather, losses, router, tiling, topk
 
 __all__ = ["STAGES", "stage_of", "tiling"]
 
@@ -18,7 +18,6 @@ STAGES: dict[str, ModuleType] = {
     "expert_down": expert,
     "shared_up": expert,
     "shared_down": expert,
-    "combine": combine,
     "finish": finish,
     "losses": losses,
 }

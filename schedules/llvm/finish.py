@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from moegen.geometry import Geometry
+
+from ..rewrites import Rewrite
 from ._fixed import Knobs, check, default
 
 __all__ = ["Knobs", "apply", "check", "default"]
 
 LANES = 16
+TOKENS = 16
 
 
-def apply(sch: Any, name: str, knobs: Knobs) -> None:
-    """Tokens in parallel, 16 columns at a time."""
+def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite]:
+    """A few tokens at a time in parallel, so that a panel is read in whole cache lines."""
     token, column = sch.get_loops(sch.get_sblock("output", name))
-    sch.parallel(token)
+    several, token = sch.split(token, [None, TOKENS])
     if int(sch.get(column).extent) % LANES == 0:
-        _, inner = sch.split(column, [None, LANES])
+        column, inner = sch.split(column, [None, LANES])
+        sch.reorder(several, column, token, inner)
         sch.vectorize(inner)
+    sch.parallel(several)
+    return []

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from moegen.geometry import Geometry
+
+from ..rewrites import Rewrite
 from ._fixed import Knobs, check, default
 
 __all__ = ["Knobs", "apply", "check", "default"]
 
+CHUNKS = 8
 
-def apply(sch: Any, name: str, knobs: Knobs) -> None:
-    """Rows in parallel, a vector of 16 values inside."""
+
+def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite]:
+    """A few chunks of every row of a block at a time: reads come in whole cache lines, writes stay in the first-level cache."""
     block, chunk, row, lanes = sch.get_loops(sch.get_sblock("packed", name))
-    sch.reorder(block, row, chunk, lanes)
+    together = math.gcd(geometry.router.k_chunks, CHUNKS)
+    some, chunk = sch.split(chunk, [None, together])
+    sch.reorder(block, some, row, chunk, lanes)
     sch.vectorize(lanes)
-    sch.parallel(sch.fuse(block, row))
+    sch.parallel(sch.fuse(block, some))
+    return []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from moegen.geometry import Geometry
+
+from ..rewrites import Rewrite
 from ._fixed import Knobs, check, default
 
 __all__ = ["Knobs", "apply", "check", "default"]
@@ -11,7 +14,7 @@ __all__ = ["Knobs", "apply", "check", "default"]
 PER_TOKEN = ("peak", "power", "mass", "share", "whole", "log_mass")
 
 
-def apply(sch: Any, name: str, knobs: Knobs) -> None:
+def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite]:
     """Tokens in parallel where stages allow it; one thread per group of experts for the mean probabilities."""
     blocks = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root", name))}
     for stage in PER_TOKEN:
@@ -20,3 +23,4 @@ def apply(sch: Any, name: str, knobs: Knobs) -> None:
     expert, token = sch.get_loops(blocks["probability"])
     sch.parallel(expert)
     sch.decompose_reduction(blocks["probability"], token)
+    return []

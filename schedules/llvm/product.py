@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from moegen.errors import ScheduleError
-from moegen.geometry import Geometry
+from moegen.geometry import Geometry, Product
 from moegen.target import Target
+
+from . import machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +17,18 @@ class Knobs:
     """Choices of one product.
 
     Args:
-        k_unroll: how many terms of the dot product are unrolled.
+        k_unroll: how many steps along the dot product are unrolled.
     """
 
     k_unroll: int = 1
+
+
+class Nest(NamedTuple):
+    """Loops of a scheduled product: blocks of the dot product, row blocks, chunks of a block of the dot product."""
+
+    q: Any
+    block: Any
+    chunk: Any
 
 
 def default(geometry: Geometry, target: Target) -> Knobs:
@@ -36,32 +46,52 @@ def check(geometry: Geometry, target: Target, knobs: Knobs) -> None:
         raise ScheduleError(f"k_unroll={knobs.k_unroll} must be 1, 2 or 4")
 
 
-def tile(sch: Any, name: str, epilogue_block: Any, knobs: Knobs) -> None:
-    """Schedules `partial` and `total` of function `name` under loop `epilogue_block`: one row tile and panel an iteration."""
+def tile(sch: Any, name: str, product: Product, outer: Any, knobs: Knobs) -> Nest:
+    """Schedules `partial` and `total` of function `name` under loop `outer`: blocks of the dot product, row blocks, the tile.
+
+    A block of weights is so used by all row blocks while it is in the cache; the sums wait in a buffer meanwhile.
+    """
     partial, total = sch.get_sblock("partial", name), sch.get_sblock("total", name)
-    for block in (partial, total):
-        sch.set_scope(block, 0, "local")
-    sch.compute_at(total, epilogue_block, preserve_unit_loops=True)
-    rows, vectors, lanes, block_axis = sch.get_loops(total)[-4:]
-    sch.reorder(block_axis, rows, vectors, lanes)
-    sch.compute_at(partial, block_axis, preserve_unit_loops=True)
-    p_rows, p_vectors, p_lanes, chunk, term = sch.get_loops(partial)[-5:]
-    sch.reorder(chunk, term, p_rows, p_vectors, p_lanes)
-    if knobs.k_unroll > 1:
-        _, inner = sch.split(term, [None, knobs.k_unroll])
-        sch.unroll(inner)
-    for loop in (rows, vectors, p_rows, p_vectors):
+    sch.compute_at(total, outer, preserve_unit_loops=True)
+    block, panel, rows, vectors, lanes, q = sch.get_loops(total)[-6:]
+    sch.reorder(q, block, panel, rows, vectors, lanes)
+    sch.compute_at(partial, block, preserve_unit_loops=True)
+    chunk = _tile(sch, partial, product, knobs)
+    for loop in (rows, vectors):
         sch.unroll(loop)
-    for loop in (lanes, p_lanes):
-        sch.vectorize(loop)
-    sch.decompose_reduction(partial, chunk)
-    sch.decompose_reduction(total, block_axis)
+    sch.vectorize(lanes)
+    sch.decompose_reduction(total, q)
+    return Nest(q, block, chunk)
+
+
+def _tile(sch: Any, partial: Any, product: Product, knobs: Knobs) -> Any:
+    """Rows and vectors unrolled, sums in registers; returns the loop over chunks of the dot product."""
+    sch.set_scope(partial, 0, "local")
+    count = 5 if product.pair == 1 else 6
+    rows, vectors, lanes, chunk, step, *pair = sch.get_loops(partial)[-count:]
+    sch.reorder(chunk, step, rows, vectors, lanes, *pair)
+    if knobs.k_unroll > 1:
+        _, inner = sch.split(step, [None, knobs.k_unroll])
+        sch.unroll(inner)
+    for loop in (rows, vectors):
+        sch.unroll(loop)
+    if not pair:
+        sch.vectorize(lanes)
+        sch.decompose_reduction(partial, chunk)
+        return chunk
+    reads = [str(read.source.name) for read in sch.get(partial).reads]
+    if "expert" in reads:
+        sch.unsafe_hide_buffer_access(partial, "read", [reads.index("expert")])
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(partial, chunk))[-1])
+    sch.tensorize(lanes, machine.DOT)
+    sch.annotate(chunk, "pragma_import_llvm", machine.DOT_IR)
+    return chunk
 
 
 def finish_tile(sch: Any, loops: list[Any]) -> None:
-    """The epilogue's own loops (rows, [vectors,] lanes): rows stay a loop, which reads the sums back from the stack.
+    """The epilogue's own loops (rows, [vectors,] lanes): rows stay a loop, which reads the sums back from the cache.
 
-    Unrolling them too would save one round trip through the first-level cache per tile and multiply the code by the rows.
+    Unrolling them too would multiply the code by the rows.
     """
     for loop in loops[1:-1]:
         sch.unroll(loop)

@@ -9,12 +9,15 @@ from moegen.target import Target
 
 K_BLOCK = 512
 CHUNK_ROWS = 280
+DOT_FEATURE = "avx512bf16"
 
 
 def default(config: MoEConfig, target: Target) -> Tiling:
     """The largest register tile that leaves room for two weight vectors and one broadcast; sums of at most 512 terms."""
     max_rows = (target.registers - VECTORS - 1) // VECTORS
-    return Tiling(lanes=target.lanes, max_rows=max_rows, chunk_rows=CHUNK_ROWS // max_rows * max_rows, k_block=K_BLOCK)
+    pair = 2 if _has_dot(config, target, target.lanes) else 1
+    chunk_rows = CHUNK_ROWS // max_rows * max_rows
+    return Tiling(lanes=target.lanes, max_rows=max_rows, chunk_rows=chunk_rows, k_block=K_BLOCK * pair, pair=pair)
 
 
 def check(config: MoEConfig, target: Target, tiling: Tiling) -> None:
@@ -32,3 +35,10 @@ def check(config: MoEConfig, target: Target, tiling: Tiling) -> None:
         raise ScheduleError(f"chunk_rows={tiling.chunk_rows} must be at least max_rows={tiling.max_rows}")
     if tiling.k_block < 64:
         raise ScheduleError(f"k_block={tiling.k_block} must be at least 64")
+    if tiling.pair not in (1, 2) or (tiling.pair == 2 and not _has_dot(config, target, tiling.lanes)):
+        raise ScheduleError(f"pair={tiling.pair} must be 1, or 2 for bfloat16 with 16 lanes on a target with {DOT_FEATURE}")
+
+
+def _has_dot(config: MoEConfig, target: Target, lanes: int) -> bool:
+    """Whether bfloat16 pairs can be multiplied as they are (`vdpbf16ps` on whole registers)."""
+    return config.dtype == "bfloat16" and lanes == 16 and DOT_FEATURE in target.features

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from moegen.geometry import Geometry
+
+from ..rewrites import Rewrite
 from ._fixed import Knobs, check, default
 
 __all__ = ["Knobs", "apply", "check", "default"]
@@ -11,7 +14,7 @@ __all__ = ["Knobs", "apply", "check", "default"]
 ROW_STAGES = ("power", "score_of", "choice", "open")
 
 
-def apply(sch: Any, name: str, knobs: Knobs) -> None:
+def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite]:
     """Tokens in parallel; every other stage moves under the token's loop, last producers first."""
     blocks = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root", name))}
     outputs = {stage for stage in blocks if stage.startswith("output")}
@@ -22,6 +25,7 @@ def apply(sch: Any, name: str, knobs: Knobs) -> None:
     for stage, block in blocks.items():
         if stage.startswith(ROW_STAGES):
             _vectorize_row(sch, sch.get_loops(block)[-1])
+    return []
 
 
 def _vectorize_row(sch: Any, experts: Any) -> None:

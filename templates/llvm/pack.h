@@ -1,4 +1,4 @@
-// Packing weights [n, k] of any strides into panels [n / columns][k_padded][2][lanes], zero-padded.
+// Packing weights [n, k] of any strides into panels [n / columns][k_padded / pair][2][lanes][pair], zero-padded.
 #pragma once
 #include "stage.h"
 
@@ -8,7 +8,7 @@ struct Segment {
   int64_t offset_bytes;
   int bits;       // of a stored element
   int64_t count;  // experts
-  int64_t n, panels, k, k_padded, lanes;
+  int64_t n, panels, k, k_padded, lanes, pair;
   bool gated;  // two sources: vector 0 of a panel from the gate, vector 1 from the up projection
 };
 
@@ -41,13 +41,14 @@ void PackPanel(const Segment& s, const Source* sources, Element* out, int64_t pa
     for (int64_t slot = 0; slot < 2 * s.lanes; ++slot) {
       const Source& source = sources[s.gated ? slot / s.lanes : 0];
       int64_t row = panel * columns + (s.gated ? slot % s.lanes : slot);
-      Element* to = out + slot;
+      Element* to = out + slot * s.pair;
+      auto at = [&s](int64_t k) { return k / s.pair * s.pair * 2 * s.lanes + k % s.pair; };
       int64_t k = k0;
       if (row < s.n) {
         const Element* from = reinterpret_cast<const Element*>(source.data) + row * source.n_stride;
-        for (; k < filled; ++k) to[k * 2 * s.lanes] = from[k * source.k_stride];
+        for (; k < filled; ++k) to[at(k)] = from[k * source.k_stride];
       }
-      for (; k < k1; ++k) to[k * 2 * s.lanes] = 0;
+      for (; k < k1; ++k) to[at(k)] = 0;
     }
   }
 }

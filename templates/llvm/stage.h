@@ -19,6 +19,7 @@ constexpr DLDataType kF32{kDLFloat, 32, 1};
 constexpr DLDataType kF64{kDLFloat, 64, 1};
 constexpr DLDataType kF16{kDLFloat, 16, 1};
 constexpr DLDataType kBF16{kDLBfloat, 16, 1};
+constexpr DLDataType kI64{kDLInt, 64, 1};
 constexpr DLDataType kI32{kDLInt, 32, 1};
 
 // Thrown inside the library only; every exported function turns it into a tvm-ffi error.
