@@ -24,6 +24,7 @@ from .config import MoEConfig
 from .contenders import FAMILIES, OURS, chosen_families, weight_copies
 from .contenders.family import Settings
 from .contenders.team import Team
+from .display import size
 from .errors import MeasureError
 from .machine import available_bytes, usable_processors
 from .measure import Effort, Report, measure_point
@@ -220,7 +221,7 @@ def _fit(subject: Subject, families: dict[str, list[str]], asked: Request) -> Fi
     needed = weight_bytes(subject.config) * copies
     if needed > budget:
         raise MeasureError(
-            f"{subject.label} needs {needed / 1e9:.1f} GB for {copies:g} copies of its weights, {budget / 1e9:.1f} GB may be used: "
+            f"{subject.label} needs {size(round(needed))} for {copies:g} copies of its weights, {size(budget)} may be used: "
             "measure fewer contenders (--against) or allow more memory (--memory-gb)"
         )
     return Fitted(subject.config, {}, "")
@@ -252,9 +253,10 @@ def _new_run(
     if OURS not in team.names:
         raise MeasureError(f"moegen itself cannot be measured: {team.absent.get(OURS, 'its worker did not start')}")
     ours, config = team.facts[OURS], fit.config
+    label = f"{subject.label} (scaled down)" if fit.changes else subject.label
     return {
         "preset": subject.preset,
-        "name": f"{subject.label} {config.dtype} {threads} thread{'s' if threads > 1 else ''} {routing}",
+        "name": f"{label} {config.dtype} {threads} thread{'s' if threads > 1 else ''} {routing}",
         "config": config.to_dict(),
         "scaled": fit.to_dict(),
         "threads": threads,

@@ -116,6 +116,8 @@ def _subjects(what: tuple[str, ...], options: dict[str, Any]) -> list[Subject]:
     given, model, dtypes = take_given(options), options.pop("model"), options.pop("dtypes")
     many = {"dtype": dtypes} if dtypes else {}
     if not what:
+        if not given and not model:
+            raise click.UsageError("Name a preset (--list shows them) or an artifact, or describe a layer as for `moegen build`.")
         combined = wanted_layers({**given, **many}, model)
         return [Subject(_sizes(config), config) for config in _legal(combined)]
     if model:

@@ -21,6 +21,7 @@ from .toolchain import cxx
 FMA = "fma"
 BF16_DOT = "vdpbf16ps"
 _PROBE_SECONDS = 0.004
+_LEAST_ROUNDS = 10_000
 _LEAST_READ_BYTES = 128 << 20
 _MOST_READ_BYTES = 1 << 30
 
@@ -91,10 +92,12 @@ class Probe:
             FMA: (self._library.probe_fma_seconds, self._library.probe_fma_flops()),
             BF16_DOT: (self._library.probe_bf16_seconds, self._library.probe_bf16_flops()),
         }[kind]
-        if kind not in self._rounds:
-            trial = 20_000
-            self._rounds[kind] = max(int(trial * _PROBE_SECONDS / max(seconds_of(self.threads, trial), 1e-6)), trial)
-        rounds = self._rounds[kind]
+        rounds = self._rounds.get(kind, _LEAST_ROUNDS)
+        while kind not in self._rounds:  # until it lasts long enough to hide the start of the threads, even on a cold machine
+            if seconds_of(self.threads, rounds) >= _PROBE_SECONDS and seconds_of(self.threads, rounds) >= _PROBE_SECONDS:
+                self._rounds[kind] = rounds
+            else:
+                rounds *= 2
         return float(self.threads * rounds * per_round / seconds_of(self.threads, rounds))
 
     def read_bytes_per_s(self) -> float:

@@ -91,7 +91,6 @@ def measure_point(
     workload.make_batches(folder, config, tokens, seed)
     work, checks = workload.study(folder, tokens)
     workspaces = team.point(tokens)
-    workload.remove_batches(folder, tokens)
     field = [Entrant(name) for name in team.names]
     for entrant in field:
         if too_slow and entrant.name in too_slow:
@@ -101,6 +100,7 @@ def measure_point(
             _check(team, entrant, checks, folder, config)
     extra = [Entrant(DENSE)] if dense else []
     ceilings, parts = _rounds(team, probe, [*field, *extra], probe.kind(config.dtype), effort, report)
+    workload.remove_batches(folder, tokens)  # not before: a worker that is replaced reads them again
     return _point(config, tokens, work, ceilings, field, extra, parts) | {"workspace_bytes": workspaces.get(OURS)}
 
 

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from .config import MoEConfig, weight_shapes
+from .display import size
 from .errors import ConfigError
 
 PRESETS: dict[str, MoEConfig] = {
@@ -106,7 +107,7 @@ def fitted(config: MoEConfig, copies: float, budget_bytes: int) -> Fitted:
         fields = _halved_experts(small) or _narrowed(small)
         if not fields:
             raise ConfigError(
-                f"{_gigabytes(needed)} are needed for {copies:g} copies of the weights, {_gigabytes(budget_bytes)} are there, and "
+                f"{size(needed)} are needed for {copies:g} copies of the weights, {size(budget_bytes)} are there, and "
                 "the layer cannot be made smaller: measure fewer contenders (--against) or allow more memory (--memory-gb)"
             )
         small = dataclasses.replace(small, **fields)
@@ -117,8 +118,7 @@ def fitted(config: MoEConfig, copies: float, budget_bytes: int) -> Fitted:
     return Fitted(
         small,
         {name: pair for name, pair in changes.items() if pair[0] != pair[1]},
-        f"{copies:g} copies of the weights (file, packed, contenders) take {_gigabytes(needed)}, "
-        f"{_gigabytes(budget_bytes)} may be used",
+        f"{copies:g} copies of the weights (file, packed, contenders) take {size(needed)}, {size(budget_bytes)} may be used",
     )
 
 
@@ -142,7 +142,3 @@ def _narrowed(config: MoEConfig) -> dict[str, Any]:
     if name == "intermediate" and config.shared_intermediate:
         return {name: half, "shared_intermediate": max(config.shared_intermediate // 2, 1)}
     return {name: half}
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -27,7 +27,7 @@ from .version import __version__
 SCHEMA_VERSION = 1
 KIND = "moegen-bench"
 _PACKAGES = ("numpy", "apache-tvm", "apache-tvm-ffi", "torch", "onnxruntime")
-_RUN_COLUMNS = ("name", "preset", "threads", "routing", "seed", "artifact")
+_RUN_COLUMNS = ("name", "preset", "threads", "routing", "seed", "artifact", "scaled")
 _CONFIG_COLUMNS = ("experts", "top_k", "hidden", "intermediate", "dtype")
 _POINT_COLUMNS = ("tokens", "flops", "active_experts", "weight_bytes_read", "roofline_seconds")
 _CONTENDER_COLUMNS = (
@@ -101,7 +101,7 @@ def as_csv(document: Mapping[str, Any]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for run in document["runs"]:
-        fixed = [run[name] for name in _RUN_COLUMNS] + [run["config"][name] for name in _CONFIG_COLUMNS]
+        fixed = [run[name] for name in _RUN_COLUMNS[:-1]] + [_changes(run)] + [run["config"][name] for name in _CONFIG_COLUMNS]
         for point in run["points"]:
             work = [point[name] for name in _POINT_COLUMNS]
             work += [point["ceilings"][name] for name in ("flops_per_s", "read_bytes_per_s")]
@@ -111,6 +111,12 @@ def as_csv(document: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
+def _changes(run: Mapping[str, Any]) -> str:
+    """What was made smaller, or nothing."""
+    changes = run["scaled"]["changes"] if run["scaled"] else {}
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+
+
 # ---------------------------------------------------------------- to read
 
 
@@ -118,8 +124,7 @@ def run_lines(run: Mapping[str, Any]) -> Iterator[str]:
     """What a run is, before its points."""
     yield f"\n{run['name']}"
     if run["scaled"]:
-        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in run["scaled"]["changes"].items())
-        yield f"  SCALED DOWN  {changes}: {run['scaled']['why']}"
+        yield f"  SCALED DOWN  {_changes(run)}: {run['scaled']['why']}"
     took, build = run["seconds"], run["seconds"]["build"]
     yield (
         f"  artifact     {run['artifact']}: "
@@ -150,7 +155,7 @@ def point_lines(point: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[st
     header = ("contender", "median", "P95", "tokens/s", "GFLOP/s", "GB/s", "roofline", "x moegen", "rel. L2", "")
     yield table(header, rows)
     if any((entry["roofline_fraction"] or 0.0) > 1.0 for entry in point["contenders"]):
-        yield "over 100% of the roofline: some of the weights were still in the caches, which the roofline does not count on"
+        yield "over 100% of the roofline: weights were still in the caches, or the ceilings were sampled at slower moments"
     if point["parts"]:
         yield "parts: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in point["parts"].items() if seconds)
     if point["workspace_bytes"] is not None:

@@ -17,6 +17,7 @@ from ..paths import PACKAGE
 from . import FAMILIES
 from .family import Settings
 
+_LEAST_START_SECONDS = 120.0  # importing a library on a busy machine
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -59,7 +60,7 @@ class Process:
             os.close(replies)
         self._unread = b""
         try:
-            self.hello = self._reply()
+            self.hello = self._reply(max(patience_seconds, _LEAST_START_SECONDS))
         except BaseException:
             self.close()
             raise
@@ -78,7 +79,7 @@ class Process:
         try:
             with contextlib.suppress(BrokenPipeError):  # the missing reply says why
                 os.write(self._requests, (json.dumps({"ask": request, **arguments}) + "\n").encode())
-            reply = self._reply()
+            reply = self._reply(self.patience_seconds)
         except BaseException:
             self.close()
             raise
@@ -95,12 +96,12 @@ class Process:
                 os.close(descriptor)
         self._requests = self._replies = -1
 
-    def _reply(self) -> dict[str, Any]:
-        deadline = time.monotonic() + self.patience_seconds
+    def _reply(self, patience_seconds: float) -> dict[str, Any]:
+        deadline = time.monotonic() + patience_seconds
         while b"\n" not in self._unread:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._replies], [], [], left)[0]:
-                raise WorkerLost(f"did not answer within {self.patience_seconds:g} s")
+                raise WorkerLost(f"did not answer within {patience_seconds:g} s")
             data = os.read(self._replies, 1 << 16)
             if not data:
                 raise WorkerLost(self._obituary())

@@ -80,9 +80,11 @@ class Team:
         for family, member in self._members.items():
             if member.process is not None:
                 try:
-                    replies[family] = member.process.ask("point", tokens=tokens)
+                    replies[family] = reply = member.process.ask("point", tokens=tokens)
+                    if "error" in reply:
+                        raise WorkerLost(reply["error"])
                 except WorkerLost as loss:
-                    self._lose(member, member.names, f"{loss} when it was given {tokens} tokens")
+                    self._lose(member, member.names, f"{loss} (when it was given {tokens} tokens)")
         return {family: reply.get("workspace_bytes") for family, reply in replies.items()}
 
     def ask(self, name: str, request: str, **arguments: Any) -> dict[str, Any]:
@@ -105,8 +107,9 @@ class Team:
         if "error" in hello:
             raise WorkerLost(hello["error"])
         assert member.process is not None
-        if self._tokens is not None:
-            member.process.ask("point", tokens=self._tokens)
+        reply = {} if self._tokens is None else member.process.ask("point", tokens=self._tokens)
+        if "error" in reply:
+            raise WorkerLost(reply["error"])
 
     def _lose(self, member: _Member, names: list[str], reason: str) -> None:
         self.lost |= dict.fromkeys(names, reason)

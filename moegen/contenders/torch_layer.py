@@ -21,7 +21,6 @@ class TorchBase(Family):
     def __init__(self, settings: Settings, names: tuple[str, ...]) -> None:
         super().__init__(settings)
         torch.set_num_threads(settings.threads)
-        torch.set_num_interop_threads(1)
         if self.config.capacity_factor is not None:
             self.obstacles = dict.fromkeys(names, "has no expert capacity")
             return
