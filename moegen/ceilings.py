@@ -1,7 +1,7 @@
 """What this machine can do at most, measured beside the layers: multiply-adds in registers and reads from memory.
 
 The machine under a benchmark is rarely alone, so that its limits are measured again and again between the contenders' turns:
-a fraction of the roofline then compares a time with limits that met the same machine.
+a fraction of the roofline then compares a time with limits that met the same machine. Matrix tiles (AMX) are not probed.
 """
 
 from __future__ import annotations
