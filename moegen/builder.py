@@ -29,6 +29,7 @@ from .errors import ArtifactError, BuildError, MoegenError, VerificationError
 from .paths import package_folder
 from .plan import Plan, plan, versions
 from .schedules import llvm
+from .toolchain import cxx
 
 HOST_FILES = ("pool.h", "stage.h", "pack.h", "exports.map")
 INT32_MAX = 2**31 - 1
@@ -141,24 +142,17 @@ def _start_host(todo: Plan, functions: list[str], work: pathlib.Path) -> subproc
         shutil.copy(package_folder("templates") / "llvm" / name, work / name)
     (work / "host.cc").write_text(emission.host_source(todo.geometry, functions), encoding="utf-8")
     includes = [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
-    command = [*_cxx(), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", "host.cc", "-o", "host.o", *includes]
+    command = [*cxx(), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", "host.cc", "-o", "host.o", *includes]
     return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def _link(work: pathlib.Path, library: pathlib.Path) -> None:
     ffi = pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent
-    command = [*_cxx(), "-shared", "host.o", "stages.o", "-o", str(library.resolve()), "-Wl,--version-script=exports.map", "-Wl,-s"]
+    command = [*cxx(), "-shared", "host.o", "stages.o", "-o", str(library.resolve()), "-Wl,--version-script=exports.map", "-Wl,-s"]
     command += ["-Wl,--no-undefined", f"-L{ffi}", "-ltvm_ffi", "-static-libstdc++", "-static-libgcc", "-lpthread", "-lm"]
     done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise BuildError(f"linking the library failed: {_last_line(done.stdout)}")
-
-
-def _cxx() -> list[str]:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name.split()[0])):
-            return [path, *name.split()[1:]]
-    raise BuildError("building needs a C++ compiler for the generated host: install g++ or clang++ (or set CXX)")
 
 
 def _prove(folder: pathlib.Path, verify: bool) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import click
 
 from . import artifact as artifacts
 from .artifact import Artifact
+from .bench_command import bench, report
 from .config import MoEConfig
 from .display import as_json_text, brief, description, listed, obstacles_of, one_line, proof, proof_table, size, summary, table
-from .errors import ArtifactError, MoegenError
-from .options import check_target, layer_options, skipped_line, take_given, wanted_layers
+from .errors import MoegenError
+from .options import check_target, layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -118,7 +119,6 @@ def _processors() -> list[str]:
 # ---------------------------------------------------------------- build
 
 
-out_option = click.option("--out", type=click.Path(), help="Store folder. [default: $MOEGEN_STORE, or moegen in the user's cache]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -325,7 +325,7 @@ def inspect(which: str, out: str | None, te_source: bool, manifest: bool, as_jso
       moegen inspect moe-e8-k2-h512
       moegen inspect layers/moe-e8-k2-h512-... --te-source
     """
-    made = _open(which, out)
+    made = named_artifact(which, out)
     artifacts.check_files(made)
     if te_source or manifest:
         file = made.path / (artifacts.TE_SOURCE if te_source else artifacts.MANIFEST)
@@ -337,24 +337,6 @@ def inspect(which: str, out: str | None, te_source: bool, manifest: bool, as_jso
         click.echo(as_json_text({**own, **made.manifest, "verification": made.verification()}))
         return
     click.echo("\n".join(description(made, obstacles)))
-
-
-def _open(which: str, out: str | None) -> Artifact:
-    """The artifact in folder `which`, or the one in the store whose name is or begins like it."""
-    if os.path.isdir(which):
-        return artifacts.open_artifact(which)
-    store = pathlib.Path(out) if out else artifacts.default_store()
-    if which and os.path.basename(which) == which:
-        if (store / which).is_dir():
-            return artifacts.open_artifact(store / which)
-        names = [path.name for path in sorted(store.glob("*")) if path.name.startswith(which)]
-        if len(names) == 1:
-            return artifacts.open_artifact(store / names[0])
-        if names:
-            raise ArtifactError(f"several artifacts in {str(store)!r} begin with {which!r}: {', '.join(names)}")
-    raise ArtifactError(
-        f"there is no artifact {which!r}, neither as a folder nor in {str(store)!r}; `moegen list` shows what there is"
-    )
 
 
 # ---------------------------------------------------------------- verify
@@ -372,7 +354,7 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
     Example:
       moegen verify moe-e8-k2-h512 --seed 1
     """
-    made = _open(which, out)
+    made = named_artifact(which, out)
     from .verification import verify as prove
 
     report = prove(made, seed)
@@ -384,7 +366,8 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
         click.get_current_context().exit(1)
 
 
-# ---------------------------------------------------------------- printing
+main.add_command(bench)
+main.add_command(report)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,7 @@ class WeightsError(MoegenError, ValueError):
 
 class InputError(MoegenError, ValueError):
     """An argument of a layer call has the wrong shape, dtype, device or value."""
+
+
+class MeasureError(MoegenError, RuntimeError):
+    """A benchmark cannot be run, or its results cannot be read."""

@@ -1,20 +1,24 @@
-"""Command-line options of a layer, one for each field of `MoEConfig`, and the layers that they ask for."""
+"""What a command line says: a layer by its fields, the layers that they ask for, or an artifact by its name."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect as introspection
 import itertools
+import os
+import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
 
+from . import artifact as artifacts
 from . import config as layers
+from .artifact import Artifact
 from .config import MoEConfig
 from .display import one_line
-from .errors import ConfigError, TargetError
+from .errors import ArtifactError, ConfigError, TargetError
 
 TARGETS = ("llvm", "cuda")
 
@@ -53,7 +57,7 @@ def combinations(fields: Mapping[str, Any]) -> list[Combination]:
     return list(found.values())
 
 
-def _integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """`8`, or `8,16` for several."""
     if value is None:
         return None
@@ -76,7 +80,7 @@ def _field_option(field: dataclasses.Field[Any], text: str) -> Callable[[Any], A
     if kind == "bool":
         name = f"{name}/--no-{name[2:]}"
     elif field.name in LISTED:
-        settings |= {"callback": _integers, "metavar": "N[,N...]"}
+        settings |= {"callback": integers, "metavar": "N[,N...]"}
     elif field.name in CHOICES:
         settings["type"] = click.Choice(CHOICES[field.name])
     else:
@@ -91,25 +95,41 @@ def _help(field: dataclasses.Field[Any], text: str) -> str:
     return f"{text} [default: {shown.lower() if isinstance(field.default, bool) else shown}]"
 
 
+def field_options(*left_out: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One option for each field of `MoEConfig` but those left out, and --model."""
+    texts = _field_help()
+    fields = [field for field in dataclasses.fields(MoEConfig) if field.name not in left_out]
+    options = [_field_option(field, texts.get(field.name, "")) for field in fields]
+    model = "Take the layer of this Hugging Face config.json; other options override it."
+    return _decorated([*options, click.option("--model", type=click.Path(), help=model)])
+
+
 def layer_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for each field of `MoEConfig`, and those of the target."""
-    texts = _field_help()
-    options = [_field_option(field, texts.get(field.name, "")) for field in dataclasses.fields(MoEConfig)]
-    options += [
-        click.option(
-            "--model", type=click.Path(), help="Take the layer of this Hugging Face config.json; other options override it."
-        ),
+    target = [
         click.option("--target", type=click.Choice(TARGETS), default="llvm", show_default=True, help="What to compile for."),
         click.option("--mcpu", help="Processor as LLVM names it; `--mcpu help` lists them. [default: this machine's]"),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return field_options()(_decorated(target)(command))
+
+
+def _decorated(options: Sequence[Callable[[Any], Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds options in the order given."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+out_option = click.option("--out", type=click.Path(), help="Store folder. [default: $MOEGEN_STORE, or moegen in the user's cache]")
 
 
 def take_given(options: dict[str, Any]) -> dict[str, Any]:
     """Takes the layer's fields that were given out of a command's options."""
-    fields = {field.name: options.pop(field.name) for field in dataclasses.fields(MoEConfig)}
+    fields = {field.name: options.pop(field.name, None) for field in dataclasses.fields(MoEConfig)}
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -130,3 +150,25 @@ def check_target(target: str) -> None:
 
 def skipped_line(combination: Combination) -> str:
     return f"{' '.join(f'{name}={value}' for name, value in combination.fields.items())}: {one_line(combination.reason)}"
+
+
+def named_artifact(which: str, out: str | None) -> Artifact:
+    """The artifact in folder `which`, or the one in the store whose name is or begins like it.
+
+    Raises:
+        ArtifactError: there is none, or more than one.
+    """
+    if os.path.isdir(which):
+        return artifacts.open_artifact(which)
+    store = pathlib.Path(out) if out else artifacts.default_store()
+    if which and os.path.basename(which) == which:
+        if (store / which).is_dir():
+            return artifacts.open_artifact(store / which)
+        names = [path.name for path in sorted(store.glob("*")) if path.name.startswith(which)]
+        if len(names) == 1:
+            return artifacts.open_artifact(store / names[0])
+        if names:
+            raise ArtifactError(f"several artifacts in {str(store)!r} begin with {which!r}: {', '.join(names)}")
+    raise ArtifactError(
+        f"there is no artifact {which!r}, neither as a folder nor in {str(store)!r}; `moegen list` shows what there is"
+    )

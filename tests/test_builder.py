@@ -14,7 +14,7 @@ import pytest
 from helpers import TINY, check_against_reference, tokens
 
 import moegen
-from moegen import BuildError, ScheduleError, TargetError, VerificationError, artifact, builder, reference
+from moegen import BuildError, ScheduleError, TargetError, VerificationError, artifact, builder, reference, toolchain
 from moegen import plan as planning
 from moegen.batch import build_many
 from moegen.geometry import Geometry, Tiling
@@ -337,7 +337,7 @@ def test_a_compiler_that_fails(
     script: str, message: str, small: Plan, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = tmp_path / "fake-c++"
-    fake.write_text("#!/bin/sh\n" + script.replace("{real}", builder._cxx()[0]) + "\n")
+    fake.write_text("#!/bin/sh\n" + script.replace("{real}", toolchain.cxx()[0]) + "\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     with pytest.raises(BuildError, match=message) as caught:
@@ -347,11 +347,11 @@ def test_a_compiler_that_fails(
 
 
 def test_cxx_may_carry_arguments(small: Plan, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builder._cxx()[0]
+    real = toolchain.cxx()[0]
     monkeypatch.setenv("CXX", f"{real} -g0 -pipe")
-    assert builder._cxx() == [real, "-g0", "-pipe"]
+    assert toolchain.cxx() == [real, "-g0", "-pipe"]
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert builder._cxx()[0] == real, "a CXX that is not there is passed over"
+    assert toolchain.cxx()[0] == real, "a CXX that is not there is passed over"
 
 
 def test_code_for_a_processor_that_is_not_this_one(small: Plan, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

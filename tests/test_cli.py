@@ -25,7 +25,7 @@ from moegen import batch, builder, cli, display, options, plan, verification
 from moegen.batch import Outcome
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMANDS = ("build", "emit", "list", "inspect", "verify")
+COMMANDS = ("build", "emit", "list", "inspect", "verify", "bench", "report")
 TINY = {"experts": 4, "top_k": 2, "hidden": 32, "intermediate": 32}
 OPTIONS = ("--experts", "4", "--top-k", "2", "--hidden", "32", "--intermediate", "32")
 CONFIG = moegen.MoEConfig(**TINY)

@@ -16,6 +16,7 @@ ORDER = (
     ("errors",),
     ("version",),
     ("paths",),
+    ("toolchain",),
     ("hf",),
     ("config",),
     ("target",),
@@ -37,33 +38,35 @@ ORDER = (
     ("builder",),
     ("batch",),
     ("display",),
+    ("presets",),
     ("options",),
+    ("machine",),
+    ("ceilings",),
+    ("workload",),
+    ("contenders",),
+    ("measure",),
+    ("results",),
+    ("bench",),
+    ("report",),
+    ("bench_command",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
-RUNTIME_NEVER = {
-    "emission",
-    "compiler",
-    "intrinsics",
-    "rewriting",
-    "plan",
-    "builder",
-    "batch",
-    "schedules",
-    "verification",
-    "reference",
-    "cli",
-}
+RUNTIME_NEVER = {"emission", "compiler", "intrinsics", "rewriting", "plan", "builder", "batch", "schedules"}
+RUNTIME_NEVER |= {"verification", "reference", "cli"}
+RUNTIME_NEVER |= {"bench", "ceilings", "contenders", "measure", "report", "results", "workload"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "intrinsics", "rewriting"},
     "jinja2": {"emission"},
-    "click": {"cli", "options"},
-    "tqdm": {"cli"},
-    "torch": set(),
+    "click": {"bench_command", "cli", "options"},
+    "tqdm": {"bench_command", "cli"},
+    "torch": {"contenders.onednn_layer", "contenders.torch_layer"},
+    "onnx": {"contenders.onnx_layer"},
+    "onnxruntime": {"contenders.onnx_layer"},
     "ml_dtypes": set(),
     "xgboost": set(),
 }
@@ -72,7 +75,7 @@ SCHEDULES_MAY = {"config", "errors", "geometry", "target", "schedules"}
 
 def _sources() -> dict[str, pathlib.Path]:
     """Dotted name inside the package -> file; the schedules are part of the package."""
-    found = {path.stem: path for path in PACKAGE.glob("*.py")}
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
     found |= {
         ".".join(["schedules", *path.relative_to(ROOT / "schedules").with_suffix("").parts]): path
         for path in (ROOT / "schedules").rglob("*.py")

@@ -1,0 +1,293 @@
+"""Benchmarks: layers, moegen beside what people would use instead, under ceilings measured in the same run.
+
+Each run makes one workload (weights and batches in files), starts one worker process for each family of contenders, and
+measures point after point. Results are plain JSON values, see `moegen.results`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from . import artifact as artifacts
+from . import results, workload
+from .artifact import Artifact
+from .ceilings import Probe
+from .config import MoEConfig
+from .contenders import FAMILIES, OURS, chosen_families, weight_copies
+from .contenders.family import Settings
+from .contenders.team import Team
+from .display import size
+from .errors import MeasureError
+from .machine import available_bytes, usable_processors
+from .measure import Effort, Report, measure_point
+from .presets import Fitted, fitted, preset, weight_bytes
+
+TOKENS = (1, 4, 16, 64, 256, 1024)
+_MEMORY_FRACTION = 0.8
+_SHARED_MEMORY = pathlib.Path("/dev/shm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A layer to measure.
+
+    Args:
+        label: what tables call it.
+        config: the layer.
+        preset: the preset's name, whose sizes may be reduced to fit into memory; None for a layer of the user's own.
+        artifact: the compiled layer; None to build it, or find it built.
+    """
+
+    label: str
+    config: MoEConfig
+    preset: str | None = None
+    artifact: Artifact | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to measure and how.
+
+    Args:
+        tokens: numbers of tokens T, a point each.
+        threads: numbers of threads, a run each; empty for all processors.
+        routings: `uniform`, `zipf`, a run each.
+        against: `all`, `none`, or names of families or contenders with commas between.
+        dense: measure all experts for every token beside.
+        seed: of weights and tokens.
+        effort: how long.
+        memory_bytes: memory that weights may take; None for most of what is available.
+        store: where compiled layers are; None for the user's store.
+    """
+
+    tokens: tuple[int, ...] = TOKENS
+    threads: tuple[int, ...] = ()
+    routings: tuple[str, ...] = ("uniform",)
+    against: str = "all"
+    dense: bool = False
+    seed: int = 0
+    effort: Effort = dataclasses.field(default_factory=Effort)
+    memory_bytes: int | None = None
+    store: str | os.PathLike[str] | None = None
+
+
+class Watch:
+    """Is told how a benchmark goes; this one keeps quiet."""
+
+    def step(self, what: str, turns: int = 0) -> None:
+        """`what` begins; `turns` rounds were done."""
+
+    def run(self, run: dict[str, Any]) -> None:
+        """A run's contenders are ready; it has no points yet."""
+
+    def point(self, run: dict[str, Any], document: dict[str, Any]) -> None:
+        """The last point of `run` was measured."""
+
+
+def preset_subject(name: str, **changes: Any) -> Subject:
+    """A preset, with some of its fields changed.
+
+    Raises:
+        ConfigError: there is no such preset, or a change makes it illegal.
+    """
+    return Subject(name, dataclasses.replace(preset(name), **changes), preset=name)
+
+
+def bench(
+    subjects: Sequence[Subject], request: Request | None = None, document: dict[str, Any] | None = None, watch: Watch | None = None
+) -> dict[str, Any]:
+    """Measures every subject at every number of threads, routing and number of tokens.
+
+    Args:
+        document: results to add to, in place; points that it has already are not measured again.
+
+    Returns:
+        The document, whose runs and points are in the order in which they were measured.
+
+    Raises:
+        MeasureError: the request is impossible, or a layer does not fit into memory.
+        BuildError: a layer cannot be built, or there is no C++ compiler for the probes.
+    """
+    asked = request or Request()
+    found = document if document is not None else results.new_document()
+    seen = watch or Watch()
+    check(asked)
+    for subject in subjects:
+        for routing in asked.routings:
+            for threads in asked.threads or (usable_processors(),):
+                _run(subject, asked, routing, threads, found, seen)
+    return found
+
+
+def rounds_in(subjects: Sequence[Subject], asked: Request) -> int:
+    """Rounds that a benchmark has, for progress bars."""
+    return len(subjects) * len(asked.routings) * len(asked.threads or (0,)) * len(asked.tokens) * asked.effort.rounds
+
+
+def check(asked: Request) -> None:
+    """Refuses what cannot be measured.
+
+    Raises:
+        MeasureError: a number is out of range, or there are more threads than processors.
+        ConfigError: an unknown contender or routing.
+    """
+    chosen_families(asked.against)
+    for name, values, least in (("tokens", asked.tokens, 1), ("threads", asked.threads, 1), ("rounds", (asked.effort.rounds,), 1)):
+        if too_few := [value for value in values if value < least]:
+            raise MeasureError(f"{name}={too_few[0]} must be at least {least}")
+    processors = usable_processors()
+    if too_many := [count for count in asked.threads if count > processors]:
+        raise MeasureError(f"threads={too_many[0]} is more than the {processors} processors that may be used: ask for fewer")
+    if unknown := [routing for routing in asked.routings if routing not in workload.ROUTINGS]:
+        raise MeasureError(f"routing={unknown[0]!r} must be one of {', '.join(workload.ROUTINGS)}")
+
+
+# ---------------------------------------------------------------- one run
+
+
+def _run(subject: Subject, asked: Request, routing: str, threads: int, document: dict[str, Any], watch: Watch) -> None:
+    families = chosen_families(asked.against)
+    fit = _fit(subject, families, asked)
+    earlier = _earlier(document, fit.config, threads, routing, asked.seed)
+    todo = [t for t in asked.tokens if earlier is None or t not in [p["tokens"] for p in earlier["points"]]]
+    watch.step("", (len(asked.tokens) - len(todo)) * asked.effort.rounds)
+    if not todo:
+        return
+    watch.step(f"building {subject.label}")
+    made, build_seconds = _built(subject, fit.config, asked.store)
+    with _folder(weight_bytes(fit.config)) as folder:
+        watch.step(f"drawing the weights of {subject.label}")
+        workload.make(folder, fit.config, routing, asked.seed)
+        watch.step("starting the contenders")
+        settings = Settings(folder, threads, str(made.path))
+        with Team(families, settings, asked.effort.patience_seconds) as team, Probe(threads) as probe:
+            run = earlier or _new_run(subject, fit, made, threads, routing, asked.seed, build_seconds, team)
+            if earlier is None:
+                _first_call(run, team, folder, todo[0], asked.seed)
+                document["runs"].append(run)
+            watch.run(run)
+            _points(run, todo, team, probe, folder, asked, document, watch)
+
+
+def _points(
+    run: dict[str, Any],
+    todo: list[int],
+    team: Team,
+    probe: Probe,
+    folder: pathlib.Path,
+    asked: Request,
+    document: dict[str, Any],
+    watch: Watch,
+) -> None:
+    too_slow: dict[str, str] = {}
+    for tokens in sorted(todo):
+        point = measure_point(
+            team,
+            probe,
+            folder,
+            tokens,
+            asked.seed,
+            asked.effort,
+            dense=asked.dense,
+            too_slow=too_slow,
+            report=_reporting(watch, f"{run['name']}, {tokens} tokens"),
+        )
+        for entry in point["contenders"]:
+            took = entry["seconds"]["median"] if entry["seconds"] else 0.0
+            if took > asked.effort.most_call_seconds:
+                too_slow[entry["name"]] = f"left out: a call took {took:.1f} s at {tokens} tokens already"
+        run["points"].append(point)
+        watch.point(run, document)
+
+
+def _reporting(watch: Watch, where: str) -> Report:
+    return lambda what, turns: watch.step(what and f"{where}: {what}", turns)
+
+
+def _fit(subject: Subject, families: dict[str, list[str]], asked: Request) -> Fitted:
+    """The layer as it can be measured here. Only presets are made smaller: a layer of the user's own is measured as it is."""
+    copies = weight_copies(families, subject.config)
+    budget = asked.memory_bytes if asked.memory_bytes is not None else int(available_bytes() * _MEMORY_FRACTION)
+    if subject.preset is not None and subject.artifact is None:
+        return fitted(subject.config, copies, budget)
+    needed = weight_bytes(subject.config) * copies
+    if needed > budget:
+        raise MeasureError(
+            f"{subject.label} needs {size(round(needed))} for {copies:g} copies of its weights, {size(budget)} may be used: "
+            "measure fewer contenders (--against) or allow more memory (--memory-gb)"
+        )
+    return Fitted(subject.config, {}, "")
+
+
+def _earlier(document: dict[str, Any], config: MoEConfig, threads: int, routing: str, seed: int) -> dict[str, Any] | None:
+    """The run of the document that measured the same."""
+    key = (config.to_dict(), threads, routing, seed)
+    same = (run for run in document["runs"] if (run["config"], run["threads"], run["routing"], run["seed"]) == key)
+    return next(same, None)
+
+
+def _built(subject: Subject, config: MoEConfig, store: str | os.PathLike[str] | None) -> tuple[Artifact, float | None]:
+    """The compiled layer, and how long building took; None when it was there."""
+    if subject.artifact is not None:
+        return subject.artifact, None
+    from .builder import build  # here, because measuring an artifact needs no compiler
+
+    before = {a.path: a.manifest["manifest_sha256"] for a in artifacts.list_artifacts(store) if isinstance(a, Artifact)}
+    start = time.perf_counter()
+    made = build(config, out=store)
+    seconds = time.perf_counter() - start
+    return made, None if before.get(made.path) == made.manifest["manifest_sha256"] else seconds
+
+
+def _new_run(
+    subject: Subject, fit: Fitted, made: Artifact, threads: int, routing: str, seed: int, build: float | None, team: Team
+) -> dict[str, Any]:
+    if OURS not in team.names:
+        raise MeasureError(f"moegen itself cannot be measured: {team.absent.get(OURS, 'its worker did not start')}")
+    ours, config = team.facts[OURS], fit.config
+    label = f"{subject.label} (scaled down)" if fit.changes else subject.label
+    return {
+        "preset": subject.preset,
+        "name": f"{label} {config.dtype} {threads} thread{'s' if threads > 1 else ''} {routing}",
+        "config": config.to_dict(),
+        "scaled": fit.to_dict(),
+        "threads": threads,
+        "routing": routing,
+        "seed": seed,
+        "artifact": made.name,
+        "weights_bytes": weight_bytes(config),
+        "packed_bytes": ours["packed_bytes"],
+        "library_bytes": made.library.stat().st_size,
+        "seconds": {"build": build, **ours["seconds"], "first_call": None},
+        "absent": [{"name": name, "reason": reason} for name, reason in team.absent.items()],
+        "points": [],
+    }
+
+
+def _first_call(run: dict[str, Any], team: Team, folder: pathlib.Path, tokens: int, seed: int) -> None:
+    """The time of our very first call, which starts the threads and allocates the workspace."""
+    workload.make_batches(folder, workload.read_layer(folder), tokens, seed)
+    team.point(tokens)
+    reply = team.ask(OURS, "check", rows=[[0]], to=str(folder / "checked.npy"))
+    run["seconds"]["first_call"] = reply["seconds"][0] if "seconds" in reply else None
+    workload.remove_batches(folder, tokens)
+
+
+@contextlib.contextmanager
+def _folder(needed_bytes: int) -> Iterator[pathlib.Path]:
+    """A temporary folder for a workload: in shared memory where that is large enough, so that nothing is written to a disk."""
+    roomy = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
+    roomy = roomy and shutil.disk_usage(_SHARED_MEMORY).free > 2 * needed_bytes + (1 << 30)
+    with tempfile.TemporaryDirectory(prefix="moegen-bench-", dir=_SHARED_MEMORY if roomy else None) as name:
+        yield pathlib.Path(name)
+
+
+__all__ = ["FAMILIES", "Effort", "Request", "Subject", "Watch", "bench", "preset_subject"]
