@@ -42,3 +42,12 @@ class WeightsError(MoegenError, ValueError):
 
 class InputError(MoegenError, ValueError):
     """An argument of a layer call has the wrong shape, dtype, device or value."""
+
+
+class ReportError(MoegenError, ValueError):
+    """What a report is made of is missing or malformed, or nothing is there to draw it with."""
+
+
+def without_pictures(missing: ModuleNotFoundError) -> ReportError:
+    """What to say when a package of the `[report]` extra is not installed."""
+    return ReportError(f"a report needs what draws its pictures ({missing.name} is not installed): pip install 'moegen[report]'")
