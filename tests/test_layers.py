@@ -36,6 +36,11 @@ ORDER = (
     ("builder",),
     ("batch",),
     ("display",),
+    ("readings",),
+    ("drawing", "tables"),
+    ("comparisons", "insides"),
+    ("pictures",),
+    ("report",),
     ("options",),
     ("cli",),
     ("__main__",),
@@ -44,12 +49,14 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
 RUNTIME_NEVER = {"emission", "compiler", "plan", "builder", "batch", "schedules", "verification", "reference", "cli"}
-FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes"}
+FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler"},
-    "jinja2": {"emission"},
+    "jinja2": {"emission", "report"},
     "click": {"cli", "options"},
     "tqdm": {"cli"},
+    "matplotlib": {"drawing"},
+    "PIL": {"drawing"},
     "torch": set(),
     "ml_dtypes": set(),
     "xgboost": set(),
