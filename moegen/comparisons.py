@@ -96,7 +96,8 @@ def _plot(
         if name in lines:
             axes.plot([place(point) for point in points], lines[name], **known[name].line())
     if not lines:
-        axes.text(0.5, 0.5, "nothing to compare", transform=axes.transAxes, ha="center", color=MUTED)
+        said = "nothing to compare" if any(map(correct, points)) else "no correct result"
+        drawing.remark(axes, said, (0.5, 0.5), (0, 0), "axes fraction", boxed=True, ha="center", color=MUTED)
     drawing.note(axes, _without_speed(run))
     return set(lines)
 
@@ -125,7 +126,7 @@ def _ceilings(axes: Axes, points: Sequence[Json]) -> tuple[float, float, float]:
     reads = [point["ceilings"]["read_bytes_per_s"] / 1e9 for point in points]
     rate, read = statistics.median(rates), statistics.median(reads)
     places = [_intensity(point) for point in points]
-    low, high = min(*places, rate / read) / 2.5, max(*places, rate / read) * 2.5
+    low, high = min(*places, rate / read) / 4, max(*places, rate / read) * 2.5
     steps = [low * (high / low) ** (i / 200) for i in range(201)]
     lowest, highest = ([min(pick(rates), pick(reads) * x) for x in steps] for pick in (min, max))
     axes.fill_between(steps, lowest, highest, color="#cfcfcf", linewidth=0, zorder=1.5)
