@@ -46,3 +46,12 @@ class InputError(MoegenError, ValueError):
 
 class MeasureError(MoegenError, RuntimeError):
     """A benchmark cannot be run, or its results cannot be read."""
+
+
+class ReportError(MoegenError, ValueError):
+    """What a report is made of is missing or malformed, or nothing is there to draw it with."""
+
+
+def without_pictures(missing: ModuleNotFoundError) -> ReportError:
+    """What to say when a package of the `[report]` extra is not installed."""
+    return ReportError(f"a report needs what draws its pictures ({missing.name} is not installed): pip install 'moegen[report]'")

@@ -39,6 +39,11 @@ ORDER = (
     ("batch",),
     ("display",),
     ("presets",),
+    ("readings",),
+    ("drawing", "tables"),
+    ("comparisons", "insides"),
+    ("pictures",),
+    ("report",),
     ("options",),
     ("machine",),
     ("ceilings",),
@@ -47,7 +52,6 @@ ORDER = (
     ("measure",),
     ("results",),
     ("bench",),
-    ("report",),
     ("bench_command",),
     ("cli",),
     ("__main__",),
@@ -58,10 +62,12 @@ INIT = ("paths", "version")  # what `import moegen` itself loads; the other name
 RUNTIME_NEVER = {"emission", "compiler", "intrinsics", "rewriting", "plan", "builder", "batch", "schedules"}
 RUNTIME_NEVER |= {"verification", "reference", "cli"}
 RUNTIME_NEVER |= {"bench", "ceilings", "contenders", "measure", "report", "results", "workload"}
-FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes"}
+FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "intrinsics", "rewriting"},
-    "jinja2": {"emission"},
+    "jinja2": {"emission", "report"},
+    "matplotlib": {"drawing"},
+    "PIL": {"drawing"},
     "click": {"bench_command", "cli", "options"},
     "tqdm": {"bench_command", "cli"},
     "torch": {"contenders.onednn_layer", "contenders.torch_layer"},

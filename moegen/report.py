@@ -1,0 +1,91 @@
+"""A page with pictures and tables of what was measured.
+
+    from moegen import report
+    page = report.write([pathlib.Path("olmoe.json"), pathlib.Path("tuning.jsonl")], pathlib.Path("report"))
+
+takes any number of results of `moegen bench` and records of `moegen tune` and writes `report/index.html`, which needs no other
+file, and the pictures beside it. Needs the `[report]` extra. The same files give the same page.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import pictures, tables
+from .display import size
+from .errors import ReportError, without_pictures
+from .paths import package_folder
+from .pictures import Picture
+from .readings import Bench, Readings, read
+from .version import __version__
+
+try:
+    import jinja2
+except ModuleNotFoundError as error:
+    raise without_pictures(error) from None
+
+PAGE = "index.html"
+
+
+def write(paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes the page and its pictures.
+
+    Args:
+        paths: results of `moegen bench` and records of `moegen tune`; which is which is told from the content.
+        folder: where to; made when it is not there.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ReportError: a file is missing or malformed, or the folder cannot be written to.
+    """
+    readings = read(paths)
+    drawn = list(pictures.draw(readings))
+    page = _page(readings, drawn)
+    target = pathlib.Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for picture in drawn:
+            (target / picture.file).write_bytes(picture.png)
+        (target / PAGE).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{target} cannot be written to ({error.strerror}): give another folder") from None
+    return target / PAGE
+
+
+def _page(readings: Readings, drawn: Sequence[Picture]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(package_folder("templates")),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report/page.html.jinja").render(
+        version=__version__,
+        benches=[_bench(bench) for bench in readings.benches],
+        tunings=[tuning.label for tuning in readings.tunings],
+        pictures=[(picture, base64.b64encode(picture.png).decode("ascii")) for picture in drawn],
+        overview=tables.overview(readings),
+        without_speed=tables.without_speed(readings),
+        absent=tables.absent(readings),
+        scaled=tables.scaled(readings),
+        tuning=tables.tuning(readings.tunings),
+        runs=[tables.run_text(run) for run in readings.runs],
+    )
+
+
+def _bench(bench: Bench) -> Mapping[str, Any]:
+    """What the page says about a results file: where and with what it was measured."""
+    machine = bench.data["machine"]
+    memory, cache = machine["memory_bytes"], machine["l3_bytes"]
+    words = [machine["cpu"], f"{machine['processors']} processors"]
+    words += [f"{size(memory)} of memory"] if memory is not None else []
+    words += [f"{size(cache)} of L3 cache"] if cache is not None else []
+    versions = ", ".join(f"{name} {version}" for name, version in bench.data["versions"].items())
+    return {"file": bench.file, "created": bench.data["created"], "machine": ", ".join(words), "versions": versions}
