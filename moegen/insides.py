@@ -20,7 +20,6 @@ _PARTS = {
     "gather": "#117733",
     "up": "#e3cf7a",
     "down": "#cc6677",
-    "combine": "#882255",
     "finish": "#aa4499",
 }
 _OTHER_PARTS = ("#999933", "#0072b2", "#7a7a7a")

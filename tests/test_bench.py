@@ -220,7 +220,7 @@ def test_points(document: dict[str, Any]) -> None:
         assert peak["kind"] == "fma"
         assert min(peak["flops_samples"] + peak["read_samples"]) > 0
         assert len(peak["flops_samples"]) == len(peak["read_samples"]) == 1 + QUICK.rounds * 4, "between all turns"
-        assert {"router", "topk", "up", "down", "combine"} <= set(point["parts"])
+        assert {"router", "topk", "up", "down", "finish"} <= set(point["parts"])
         assert point["workspace_bytes"] > 0
         assert point["dense"]["arithmetic_ratio"] == 2
         assert point["dense"]["seconds"] > 0

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib", reason="the [report] extra is not installed")
 
 from moegen import drawing, pictures, readings, report, tables
 
-PARTS = ("router", "topk", "dispatch", "gather", "up", "down", "combine", "finish")
+PARTS = ("router", "topk", "dispatch", "gather", "up", "down", "finish")
 
 
 def _contender(name: str, seconds: float, tokens: int, status: str = "correct") -> dict[str, Any]:
