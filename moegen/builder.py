@@ -140,7 +140,7 @@ def _start_host(todo: Plan, functions: list[str], work: pathlib.Path) -> subproc
     """Compiles the generated host beside the stages."""
     for name in HOST_FILES:
         shutil.copy(package_folder("templates") / "llvm" / name, work / name)
-    (work / "host.cc").write_text(emission.host_source(todo.geometry, functions), encoding="utf-8")
+    (work / "host.cc").write_text(emission.host_source(todo.geometry, functions, todo.regimes), encoding="utf-8")
     includes = [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
     command = [*cxx(), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", "host.cc", "-o", "host.o", *includes]
     return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -178,6 +178,7 @@ def _manifest(todo: Plan, functions: list[str]) -> dict[str, Any]:
         "config": c.to_dict(),
         "target": todo.target.to_dict(),
         "tiling": dataclasses.asdict(g.tiling),
+        "regimes": [dataclasses.asdict(regime) for regime in todo.regimes],
         "knobs": {stage: dataclasses.asdict(todo.knobs[stage]) for stage in dict.fromkeys(map(llvm.stage_of, functions))},
         "segments": g.describe(),
         "packed_bytes": g.packed_bytes,

@@ -274,7 +274,7 @@ def host_source(plan: Plan) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         module = compiler.load_module(plan.te_source, pathlib.Path(folder) / artifacts.TE_SOURCE)
-    return emission.host_source(plan.geometry, [name for name, _ in module.stages()])
+    return emission.host_source(plan.geometry, [name for name, _ in module.stages()], plan.regimes)
 
 
 # ---------------------------------------------------------------- list

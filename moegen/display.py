@@ -97,6 +97,7 @@ def description(made: Artifact, obstacles: Sequence[str]) -> Iterator[str]:
     yield table(("  segment", "dtype", "shape", "offset", "bytes"), [(f"  {row[0]}", *row[1:]) for row in rows])
     yield "\nschedule"
     yield f"  tiling: {_pairs(manifest['tiling'])}"
+    yield from (f"  regime: {_pairs(regime)}" for regime in manifest["regimes"])
     yield from (f"  {stage}: {_pairs(knobs) or 'fixed'}" for stage, knobs in manifest["knobs"].items())
     yield "\nfiles"
     files = [(f"  {name}", file["bytes"], file["sha256"]) for name, file in manifest["files"].items()]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pprint
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from .config import MoEConfig
 from .errors import without_compiler
-from .geometry import Geometry, Product
+from .geometry import Geometry, Product, Regime
 from .paths import package_folder
 from .target import Target
 from .version import __version__
@@ -65,7 +66,7 @@ def te_source(geometry: Geometry, target: Target) -> str:
     return re.sub(r"\n{2,}(?=def )", "\n\n\n", text)  # two blank lines between functions, whatever was left out
 
 
-def host_source(geometry: Geometry, stages: list[str]) -> str:
+def host_source(geometry: Geometry, stages: Sequence[str], regimes: Sequence[Regime]) -> str:
     """The C++ host that runs the compiled stages in order and exports the layer's entry points."""
     return (
         _environment()
@@ -78,6 +79,7 @@ def host_source(geometry: Geometry, stages: list[str]) -> str:
             geometry=geometry,
             segments={s.name: s for s in geometry.segments},
             stages=stages,
+            regimes=regimes,
             parts=PARTS,
             dtype={"float32": "kF32", "bfloat16": "kBF16", "float16": "kF16"}[geometry.config.dtype],
         )

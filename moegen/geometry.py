@@ -45,6 +45,21 @@ class Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Regime:
+    """How the rows of one expert are cut, by their number as counted in the call; a layer has a table of these.
+
+    Args:
+        rows_up_to: most rows that this holds for; None in the last line of a table.
+        tile_rows: largest register tile used.
+        pass_rows: most rows that stream the expert's weights once.
+    """
+
+    rows_up_to: int | None
+    tile_rows: int
+    pass_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Product:
     """One `rows [*, k] @ weight [n, k].T` in panels.
 
@@ -89,19 +104,13 @@ class Product:
         """Type of the stored rows."""
         return "float32" if self.pair == 1 else "bfloat16"
 
-    @property
-    def parts(self) -> int:
-        """Runs of weights that are streamed as one: a block of the dot product of a panel."""
-        return self.panels * self.k_blocks
-
-    @property
-    def chunks_per_part(self) -> int:
-        """Row chunks of one block of the dot product."""
-        return self.k_chunks // self.k_blocks
-
     def lines_per_chunk(self, dtype: str) -> int:
         """Cache lines of weights that belong to one row chunk of one panel."""
         return self.k_chunk * VECTORS * self.lanes * ITEM_BYTES[dtype] // ALIGNMENT_BYTES
+
+    def panel_bytes(self, dtype: str) -> int:
+        """Bytes of the weights of one panel."""
+        return self.k_padded * VECTORS * self.lanes * ITEM_BYTES[dtype]
 
     @property
     def bias_shape(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from . import compiler, emission
 from .config import MoEConfig, config_key
 from .errors import BuildError
-from .geometry import Geometry, Tiling
+from .geometry import Geometry, Regime, Tiling
 from .paths import package_folder
 from .schedules import llvm
 from .target import Target
@@ -30,6 +30,7 @@ class Plan:
     target: Target
     te_source: str
     knobs: dict[str, Any]
+    regimes: tuple[Regime, ...]
     edited: bool = False
 
     @property
@@ -45,6 +46,7 @@ class Plan:
             "target": self.target.to_dict(),
             "tiling": dataclasses.asdict(self.geometry.tiling),
             "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
+            "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
             "te_source": self.te_source,
             "own_sources": _own_sources(),
             "versions": {name: version for name, version in versions().items() if name != "python"},
@@ -102,7 +104,9 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
 
 
 def _plan(geometry: Geometry, target: Target, te_source: str, edited: bool = False) -> Plan:
-    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES), edited)
+    regimes = llvm.tiling.default_regimes(geometry.config, target, geometry.tiling)
+    llvm.tiling.check_regimes(geometry.tiling, regimes)
+    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES), regimes, edited)
 
 
 def _own_sources() -> str:

@@ -10,27 +10,38 @@ from typing import Any
 class Prefetch:
     """Requests to memory for the weights that are wanted next, a few cache lines in each iteration of `chunk`.
 
+    Several row blocks share the work of asking for the next part (a block of the dot product of a panel), which they will all read
+    from the cache; a single block reads as fast as memory gives and asks for what comes `lead_lines` later. What lies beyond the
+    last panel is asked for `jump` lines further on.
+
     Args:
-        panel, q, block, chunk: loop variables of the product's nest.
-        parts_per_panel, chunks_per_part, lines_per_chunk: sizes of the stored weights, in blocks, chunks and cache lines.
-        function: name of the function that asks for the line at an address.
+        panel, q, block, chunk: loops of the product's nest.
+        lines_per_chunk: cache lines of weights of a chunk.
+        lead_lines: how far ahead a single block asks.
         line_items: elements of a cache line.
+        function: name of the function that asks for the line at an address.
     """
 
     panel: Any
     q: Any
     block: Any
     chunk: Any
-    parts_per_panel: int
-    chunks_per_part: int
     lines_per_chunk: int
-    function: str
+    lead_lines: int
     line_items: int
+    function: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreFrom:
+    """Instead of storing to `output` [B, P, ...]: output[b, first + j, ...] of [B, panels, ...]."""
+
+    panels: int
 
 
 @dataclasses.dataclass(frozen=True)
 class ScatterAdd:
-    """Instead of storing to `output` [B, panels, M, ...]: y[panel, token[b, m], ...] += value, unless the token is -1.
+    """Instead of storing to `output` [B, P, M, ...]: y[j, token[b, m], ...] += value, unless the token is -1.
 
     Args:
         columns: float32 columns of one panel.
@@ -39,4 +50,4 @@ class ScatterAdd:
     columns: int
 
 
-Rewrite = Prefetch | ScatterAdd
+Rewrite = Prefetch | StoreFrom | ScatterAdd

@@ -15,7 +15,7 @@ import moegen
 from moegen import emission
 from moegen.builder import HOST_FILES
 from moegen.config import ACTIVATIONS, DTYPES
-from moegen.geometry import Geometry, Tiling
+from moegen.geometry import Geometry, Regime, Tiling
 from moegen.target import Target
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -24,6 +24,8 @@ LONGEST_LINE = 160
 # Not this machine's: the text must not depend on where the tests run.
 TARGET = Target("llvm", "x86-64-v3", "x86_64", ("avx2", "fma"), (), 8, 16)
 TILING = Tiling(lanes=8, max_rows=6, chunk_rows=108, k_block=1024)
+
+REGIMES = (Regime(12, 4, 12), Regime(None, 6, 108))
 
 GOLDENS: dict[str, dict[str, Any]] = {
     "mixtral": {"experts": 8, "top_k": 2, "hidden": 64, "intermediate": 96},
@@ -165,7 +167,7 @@ def test_constants_are_in_the_text() -> None:
     for constant in ("1.625", "6.125", "2.875"):
         assert constant in text.split("TILING", 1)[1], constant
     variables = set(re.findall(r'te\.var\("(\w+)"', text))
-    assert variables == {"T", "B", "M", "R", "capacity"}, variables
+    assert variables == {"T", "B", "M", "P", "R", "capacity", "first", "jump"}, variables
     values: dict[str, Any] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("CONFIG", "TILING"):
@@ -180,8 +182,11 @@ def test_constants_are_in_the_text() -> None:
 
 @pytest.mark.parametrize("fields", GOLDENS.values(), ids=GOLDENS)
 def test_the_same_text_every_time(fields: dict[str, Any]) -> None:
-    first = emission.te_source(_geometry(**fields), TARGET), emission.host_source(_geometry(**fields), ["gather", "topk"])
-    assert first == (emission.te_source(_geometry(**fields), TARGET), emission.host_source(_geometry(**fields), ["gather", "topk"]))
+    def texts() -> tuple[str, str]:
+        geometry = _geometry(**fields)
+        return emission.te_source(geometry, TARGET), emission.host_source(geometry, ["gather", "topk"], REGIMES)
+
+    assert texts() == texts()
 
 
 def test_large_layers_keep_their_text_short() -> None:
@@ -209,7 +214,7 @@ def test_the_host_is_complete() -> None:
     """The C++ host of every golden layer: no unresolved templates, its includes are shipped, braces match."""
     for fields in GOLDENS.values():
         geometry = _geometry(**fields)
-        text = emission.host_source(geometry, ["gather", "topk", "router_1"])
+        text = emission.host_source(geometry, ["gather", "topk", "router_1"], REGIMES)
         assert not re.search(r"\{\{|\{%|%\}|\{#|#\}", text.replace("{{}", ""))
         assert text.count("{") == text.count("}")
         for name in re.findall(r'#include "([\w.]+)"', text):
@@ -221,7 +226,7 @@ def test_the_host_is_complete() -> None:
 def test_the_segments_of_the_host_are_those_of_the_manifest() -> None:
     for fields in GOLDENS.values():
         geometry = _geometry(**fields)
-        text = emission.host_source(geometry, ["gather"])
+        text = emission.host_source(geometry, ["gather"], REGIMES)
         table = text.split("kSegments[] = {", 1)[1].split("};", 1)[0]
         rows = re.findall(r"\{(\d+), (\d+),.*\},\s*// (\w+)", table)
         expected = [(s.offset_bytes, 32 if s.dtype == "float32" else 16, s.name) for s in geometry.segments]

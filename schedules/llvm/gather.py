@@ -22,5 +22,4 @@ def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite
     some, chunk = sch.split(chunk, [None, together])
     sch.reorder(block, some, row, chunk, lanes)
     sch.vectorize(lanes)
-    sch.parallel(sch.fuse(block, some))
     return []

@@ -79,9 +79,6 @@ def _tile(sch: Any, partial: Any, product: Product, knobs: Knobs) -> Any:
         sch.vectorize(lanes)
         sch.decompose_reduction(partial, chunk)
         return chunk
-    reads = [str(read.source.name) for read in sch.get(partial).reads]
-    if "expert" in reads:
-        sch.unsafe_hide_buffer_access(partial, "read", [reads.index("expert")])
     sch.vectorize(sch.get_loops(sch.decompose_reduction(partial, chunk))[-1])
     sch.tensorize(lanes, machine.DOT)
     sch.annotate(chunk, "pragma_import_llvm", machine.DOT_IR)

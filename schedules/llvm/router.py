@@ -1,4 +1,4 @@
-"""Router logits: threads own row blocks, because there are few panels and often many tokens."""
+"""Router logits: the host gives row blocks to threads, because there are few panels and often many tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ __all__ = ["Knobs", "apply", "check", "default"]
 
 
 def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite]:
-    """Row blocks in parallel, panels inside."""
+    """Panel after panel of a row block."""
     block, rows, panel, *inner = sch.get_loops(sch.get_sblock("output", name))
     sch.reorder(block, panel, rows, *inner)
-    sch.parallel(block)
     finish_tile(sch, [rows, *inner])
     sch.set_scope(sch.get_sblock("total", name), 0, "local")
     tile(sch, name, geometry.router, panel, knobs)

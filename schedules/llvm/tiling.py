@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moegen.config import MoEConfig
 from moegen.errors import ScheduleError
-from moegen.geometry import VECTORS, Tiling
+from moegen.geometry import VECTORS, Regime, Tiling
 from moegen.target import Target
 
 K_BLOCK = 512
@@ -37,6 +39,29 @@ def check(config: MoEConfig, target: Target, tiling: Tiling) -> None:
         raise ScheduleError(f"k_block={tiling.k_block} must be at least 64")
     if tiling.pair not in (1, 2) or (tiling.pair == 2 and not _has_dot(config, target, tiling.lanes)):
         raise ScheduleError(f"pair={tiling.pair} must be 1, or 2 for bfloat16 with 16 lanes on a target with {DOT_FEATURE}")
+
+
+def default_regimes(config: MoEConfig, target: Target, tiling: Tiling) -> tuple[Regime, ...]:
+    """One table for all layers: the largest tiles, and passes as long as a batch."""
+    return (Regime(None, tiling.max_rows, tiling.chunk_rows),)
+
+
+def check_regimes(tiling: Tiling, regimes: Sequence[Regime]) -> None:
+    """Legality of a table.
+
+    Raises:
+        ScheduleError: it is not ascending, does not end with None, or a line asks for more than the tiling has.
+    """
+    bounds = [regime.rows_up_to for regime in regimes]
+    if not bounds or bounds[-1] is not None or None in bounds[:-1] or bounds[:-1] != sorted({b or 0 for b in bounds[:-1]}):
+        raise ScheduleError(f"regimes must have ascending rows_up_to that end with None, not {bounds}")
+    for regime in regimes:
+        if not 1 <= regime.tile_rows <= tiling.max_rows:
+            raise ScheduleError(f"tile_rows={regime.tile_rows} must be between 1 and max_rows={tiling.max_rows}")
+        if not regime.tile_rows <= regime.pass_rows <= tiling.chunk_rows:
+            raise ScheduleError(
+                f"pass_rows={regime.pass_rows} must be between tile_rows={regime.tile_rows} and {tiling.chunk_rows}"
+            )
 
 
 def _has_dot(config: MoEConfig, target: Target, lanes: int) -> bool:

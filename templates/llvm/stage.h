@@ -44,7 +44,12 @@ class Arguments {
     Next(kTVMFFIInt).v_int64 = value;
     return *this;
   }
-  // Runs the stage; its parallel loop has `extent` iterations that do `work` operations together.
+  // Runs a stage without a parallel loop of its own.
+  void Call(Stage stage) {
+    TVMFFIAny result{};
+    if (stage(nullptr, values_, count_, &result) != 0) throw Failure{nullptr, "a compiled stage failed"};
+  }
+  // Runs a stage whose parallel loop has `extent` iterations that do `work` operations together.
   void Call(Stage stage, int64_t extent, double work) {
     region.tasks = Tasks(extent, work);
     TVMFFIAny result{};
@@ -66,6 +71,26 @@ class Arguments {
   DLTensor tensors_[kMost];
   int64_t shapes_[kMost][6];
 };
+
+// Runs body(from, to) on parts of [0, extent), whose iterations do `work` operations together, on the threads of the call's pool.
+template <typename Body>
+void Parallel(int64_t extent, double work, Body body) {
+  struct Loop {
+    Body& body;
+    int64_t extent;
+  } loop{body, extent};
+  auto task = [](int index, Env* env, void* closure) {
+    Loop& loop = *static_cast<Loop*>(closure);
+    int64_t from = loop.extent * index / env->num_task, to = loop.extent * (index + 1) / env->num_task;
+    try {
+      if (from < to) loop.body(from, to);
+    } catch (...) {
+      return -1;
+    }
+    return 0;
+  };
+  if (extent > 0 && Launch(task, &loop, Tasks(extent, work)) != 0) throw Failure{"MemoryError", "a compiled stage found no memory"};
+}
 
 // Where `Timed` adds up the seconds of each part of a call; null when nobody asked.
 inline thread_local double* watch = nullptr;
