@@ -6,6 +6,7 @@ bfloat16 has no NumPy dtype of its own, so its bits travel in uint16 arrays and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import dataclasses
 import math
 import mmap
@@ -81,13 +82,21 @@ def _from_numpy(obj: Any, name: str, error: type[MoegenError]) -> HostArray:
         raise error(f"{name} is a masked array, and a mask cannot be honoured: fill it first")
     array = np.asarray(obj)
     dtype = array.dtype
-    if dtype.name == "bfloat16" and dtype.itemsize == 2:  # ml_dtypes', recognised without importing it
+    kind = _name_of(dtype)
+    if kind == "bfloat16" and dtype.itemsize == 2:  # ml_dtypes', recognised without importing it
         return HostArray(array.view(np.uint16), "bfloat16")
     if dtype.kind not in _NUMBER_KINDS or (dtype.kind == "f" and dtype.itemsize > _MAX_FLOAT_BYTES):
-        raise error(f"{name} has dtype {dtype.name}, expected one of {', '.join(FLOATS)}")
+        raise error(f"{name} has dtype {kind}, expected one of {', '.join(FLOATS)}")
     if not dtype.isnative:
         array = array.astype(dtype.newbyteorder("="))
-    return HostArray(array, dtype.name)
+    return HostArray(array, kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """`dtype.name`, which NumPy puts together anew each time, in microseconds."""
+    name: str = dtype.name
+    return name
 
 
 def _is_torch_tensor(obj: Any) -> bool:
@@ -180,6 +189,8 @@ def to_float32(array: HostArray) -> npt.NDArray[np.float32]:
     _check_float(array)
     if array.dtype == "bfloat16":
         return np.asarray(array.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if array.dtype == "float32":
+        return array.data
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(array.data.astype(np.float32, copy=False))
 
@@ -287,7 +298,8 @@ def empty_aligned(shape: int | tuple[int, ...], dtype: npt.DTypeLike, alignment:
     if huge:
         alignment = max(alignment, _HUGE_PAGE)
     raw = _anonymous(nbytes + alignment) if huge else np.empty(nbytes + alignment, np.uint8)
-    start = -raw.ctypes.data % alignment
+    address: int = raw.__array_interface__["data"][0]
+    start = -address % alignment
     array: Array = np.ndarray(dims, kind, buffer=raw, offset=start)  # a slice would lose its address when empty
     return array
 
@@ -305,4 +317,5 @@ def _anonymous(nbytes: int) -> npt.NDArray[np.uint8]:
 
 def is_aligned(array: Array, alignment: int = 64) -> bool:
     """Whether the array's first element is at a multiple of `alignment` bytes."""
-    return array.ctypes.data % alignment == 0
+    address: int = array.__array_interface__["data"][0]
+    return address % alignment == 0

@@ -25,6 +25,11 @@ def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite
     for stage, block in blocks.items():
         if stage.startswith(ROW_STAGES):
             _vectorize_row(sch, sch.get_loops(block)[-1])
+        elif stage.startswith("lanes"):
+            lane, group = sch.get_loops(block)[-2:]
+            sch.reorder(group, lane)
+            sch.vectorize(lane)
+            sch.decompose_reduction(block, group)
     return []
 
 

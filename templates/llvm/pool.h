@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -33,6 +34,21 @@ inline void Pause() {
   asm volatile("yield");
 #endif
 }
+
+// Waiting without giving the processor away, for a while: a sleeping thread takes longer to wake than a small layer to run.
+class Spin {
+ public:
+  // False when it is time to sleep.
+  bool Once() {
+    Pause();
+    return ++count_ % 64 != 0 || std::chrono::steady_clock::now() < until_;
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kWhile{200};
+  std::chrono::steady_clock::time_point until_ = std::chrono::steady_clock::now() + kWhile;
+  unsigned count_ = 0;
+};
 
 class Pool {
  public:
@@ -76,19 +92,13 @@ class Pool {
     }
     while (Work()) {
     }
-    for (int spins = 0; done_.load(std::memory_order_acquire) != tasks; ++spins) {
-      if (spins < kSpins) {
-        Pause();
-      } else {
-        sched_yield();
-      }
+    for (Spin spin; done_.load(std::memory_order_acquire) != tasks;) {
+      if (!spin.Once()) sched_yield();
     }
     return failed_.load(std::memory_order_relaxed);
   }
 
  private:
-  static constexpr int kSpins = 2000;
-
   static bool Open(uint64_t ticket) { return (ticket & 0xfffff) < (ticket >> 20 & 0xfffff); }
 
   // Claims and runs one task; false when none is left. The ticket holds epoch, number of tasks and next task.
@@ -108,9 +118,7 @@ class Pool {
   void Loop() {
     while (!stop_.load(std::memory_order_relaxed)) {
       bool worked = false;
-      for (int spins = 0; spins < kSpins && !worked; ++spins) {
-        worked = Work();
-        if (!worked) Pause();
+      for (Spin spin; !(worked = Work()) && spin.Once();) {
       }
       if (!worked) Sleep();
     }
