@@ -6,8 +6,8 @@ bfloat16 has no NumPy dtype of its own, so its bits travel in uint16 arrays and 
 from __future__ import annotations
 
 import contextlib
-import functools
 import dataclasses
+import functools
 import math
 import mmap
 import sys

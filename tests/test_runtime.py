@@ -572,6 +572,7 @@ def _threads_of_this_process() -> int:
 
 
 def test_pools_go_with_their_module(built: Any, weights: dict[str, np.ndarray], x: np.ndarray) -> None:
+    gc.collect()  # pools of earlier tests
     before = _threads_of_this_process()
     module = moegen.load(built(verify=False, **SMALL).path, threads=4)
     layers = [module.bind(weights) for _ in range(3)]
