@@ -19,11 +19,12 @@ import click
 
 from . import artifact as artifacts
 from .artifact import Artifact
-from .bench_command import bench, report
+from .bench.command import bench
 from .config import MoEConfig
 from .display import as_json_text, brief, description, listed, obstacles_of, one_line, proof, proof_table, size, summary, table
 from .errors import MoegenError
 from .options import check_target, layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
+from .report.command import report
 from .version import __version__
 
 if TYPE_CHECKING:

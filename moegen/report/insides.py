@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..bench.contenders.roster import OURS
+from ..display import duration, time_unit
 from . import drawing
-from .drawing import INK, MUTED, OURS, OURS_COLOUR, Axes, Figure
+from .drawing import INK, MUTED, OURS_COLOUR, Axes, Figure
 from .readings import Run, Tuning, correct
 
 Json = Mapping[str, Any]
@@ -66,7 +68,7 @@ def _bar(axes: Axes, place: int, point: Json, names: Mapping[str, str], small: f
         if share >= 6:
             ink = drawing.ink_on(colour)
             axes.text(place, height + share / 2, f"{share:.0f}", ha="center", va="center_baseline", fontsize=small, color=ink)
-    drawing.remark(axes, drawing.duration(total).replace(" ", "\n"), (place, 100), (0, 3), ha="center", fontsize=small, color=MUTED)
+    drawing.remark(axes, duration(total).replace(" ", "\n"), (place, 100), (0, 3), ha="center", fontsize=small, color=MUTED)
 
 
 # ---------------------------------------------------------------- tokens per expert
@@ -124,7 +126,7 @@ def tuning(tunings: Sequence[Tuning]) -> Figure:
 def _tuning_panel(axes: Axes, trials: Sequence[Json]) -> None:
     good = [(t["trial"], t["seconds"]) for t in trials if t["status"] == "correct" and t["seconds"]]
     default, last = trials[0]["default_seconds"], trials[-1]["trial"]
-    factor, unit = drawing.time_unit(default)
+    factor, unit = time_unit(default)
     default *= factor
     best = _best_so_far(axes, [(trial, seconds * factor) for trial, seconds in good], last) if good else default
     axes.axhline(default, color=INK, linestyle=(0, (5, 3)), linewidth=1.3, zorder=2.5)

@@ -13,10 +13,10 @@ import statistics
 import subprocess
 import tempfile
 
-from .errors import BuildError
+from ..errors import BuildError
+from ..paths import package_folder
+from ..toolchain import cxx
 from .machine import this_machine
-from .paths import package_folder
-from .toolchain import cxx
 
 FMA = "fma"
 BF16_DOT = "vdpbf16ps"
