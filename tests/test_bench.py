@@ -96,6 +96,16 @@ def test_ceilings_are_measured() -> None:
         assert probe.flops_per_s(probe.kind("bfloat16")) > 1e8
 
 
+def test_probes_leave_the_callers_threads_where_they_may_run() -> None:
+    """A pinned caller would hand its one processor down to every thread and process that it starts later."""
+    before = os.sched_getaffinity(0)
+    with Probe(len(before), 8 << 20) as probe:
+        probe.flops_per_s(FMA)
+        probe.read_bytes_per_s()
+    for thread in pathlib.Path("/proc/self/task").iterdir():
+        assert os.sched_getaffinity(int(thread.name)) == before
+
+
 def test_roofline_is_the_tighter_limit() -> None:
     ceilings = Ceilings(FMA, (90.0, 100.0, 500.0), (10.0,))
     assert ceilings.flops_per_s == 100.0

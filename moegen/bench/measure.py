@@ -106,6 +106,7 @@ def _rounds(
     team: Team, probe: Probe, field: list[Entrant], kind: str, effort: Effort, report: Report
 ) -> tuple[Ceilings, dict[str, float]]:
     """Fills the entrants' samples; returns the ceilings met on the way and the median parts of our layer."""
+    probe.flops_per_s(kind), probe.read_bytes_per_s()  # not kept: the threads of the reference's products may still spin
     flops, reads = [probe.flops_per_s(kind)], [probe.read_bytes_per_s()]
     parts: list[dict[str, float]] = []
     for number in range(effort.rounds):
