@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import artifact as artifacts
@@ -170,7 +170,12 @@ def duration(seconds: float) -> str:
     return f"{number(seconds * factor)} {unit}"
 
 
-def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], right: Collection[int] = ()) -> str:
+    """Columns of text; those of which `right` has the index are aligned to the right, as numbers are."""
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    aligned = (
+        [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

@@ -40,3 +40,4 @@ def test_sizes() -> None:
 
 def test_tables() -> None:
     assert table(("name", "n"), [("a", 1), ("long name", 20)]) == "name       n\na          1\nlong name  20"
+    assert table(("name", "n"), [("a", 1), ("long name", 20)], right=(1,)) == "name        n\na           1\nlong name  20"

@@ -42,7 +42,7 @@ def point_lines(point: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[st
     )
     rows = [_row(entry) for entry in sorted(point["contenders"], key=_speed)]
     header = ("contender", "median", "P95", "tokens/s", "GFLOP/s", "GB/s", "roofline", "x moegen", "rel. L2", "")
-    yield table(header, rows)
+    yield table(header, rows, right=range(1, 9))
     if any((entry["roofline_fraction"] or 0.0) > 1.0 for entry in point["contenders"]):
         yield "over 100% of the roofline: weights were still in the caches, or the ceilings were sampled at slower moments"
     if point["parts"]:
@@ -50,7 +50,7 @@ def point_lines(point: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[st
     if point["workspace_bytes"] is not None:
         load = sorted(point["expert_load"], reverse=True)
         spread = f"{load[0]} (most), {load[len(load) // 2]} (median), {load[-1]} (least)"
-        yield f"workspace {size(point['workspace_bytes'])}; tokens per expert {spread}"
+        yield f"workspace {size(point['workspace_bytes'])}; tokens per expert, all batches together: {spread}"
     if point["dense"]:
         dense = point["dense"]
         yield (

@@ -1,8 +1,19 @@
 """Results of benchmarks: the JSON document that they are kept in, and its CSV form.
 
-A document is {"schema_version": 1, "kind": "moegen-bench", "created", "versions", "machine", "runs": [...]}. A run is one
-layer at one number of threads and one routing; its points are numbers of tokens, and a point has one entry for each contender.
-Every quantity is in its base unit (seconds, bytes, flops); what could not be measured is null beside a reason.
+Every quantity is in its base unit (seconds, bytes, flops, and these a second); what could not be measured is null.
+
+document    schema_version 1, kind "moegen-bench", created, versions {package: version},
+            machine {cpu, processors, l3_bytes, memory_bytes}, runs
+run         one layer at one number of threads and one routing: name, preset or null, config (every field of the layer),
+            scaled {changes {field: [from, to]}, why} or null, threads, routing, seed, artifact, weights_bytes, packed_bytes,
+            library_bytes, seconds {build, load, bind, first_call} (build is null where the layer was built already),
+            absent [{name, reason}], points
+point       one number of tokens: tokens, flops, active_experts and weight_bytes_read (of a call, averaged over the batches),
+            ceilings {kind, flops_per_s, read_bytes_per_s (medians), flops_samples, read_samples}, roofline_seconds,
+            contenders, parts {part of moegen's call: seconds}, expert_load [tokens of each expert, over the batches],
+            workspace_bytes, dense {seconds, measured_ratio, arithmetic_ratio, how} or null
+contender   name, status ("correct", "wrong" or "failed"), reason, relative_l2, calls, seconds {median, p95, p99, min, max},
+            samples (of at most 200 calls), tokens_per_s, flops_per_s, bytes_per_s, roofline_fraction, ratio_to_moegen
 """
 
 from __future__ import annotations
