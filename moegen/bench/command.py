@@ -105,9 +105,8 @@ def _listing() -> str:
     contenders = [
         (name, info.missing() or "installed", text) for info in FAMILIES.values() for name, text in info.contenders.items()
     ]
-    return "\n".join(
-        (table(("preset", "layer", "weights"), presets), "", table(("contender", "available", "what it does"), contenders))
-    )
+    layers = table(("preset", "layer", "weights"), presets, right=(2,))
+    return f"{layers}\n\n{table(('contender', 'available', 'what it does'), contenders)}"
 
 
 def _subjects(what: tuple[str, ...], options: dict[str, Any]) -> list[Subject]:
@@ -124,7 +123,7 @@ def _subjects(what: tuple[str, ...], options: dict[str, Any]) -> list[Subject]:
     found: list[Subject] = []
     for name in what:
         if name in PRESETS:
-            combined = wanted_layers({**preset(name).to_dict(), **given, **many}, None)
+            combined = wanted_layers({**given, **many}, preset=name)
             found += [Subject(name, config, preset=name) for config in _legal(combined)]
         else:
             found.append(_artifact_subject(name, options["out"], bool(given or many)))
