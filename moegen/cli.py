@@ -19,11 +19,12 @@ import click
 
 from . import artifact as artifacts
 from .artifact import Artifact
-from .bench_command import bench, report
+from .bench.command import bench
 from .config import MoEConfig
 from .display import as_json_text, brief, description, listed, obstacles_of, one_line, proof, proof_table, size, summary, table
 from .errors import MoegenError
 from .options import check_target, layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
+from .report.command import report
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @json_option
 def build(
     model: str | None,
+    preset: str | None,
     target: str,
     mcpu: str | None,
     source: str | None,
@@ -151,6 +153,7 @@ def build(
       moegen build --experts 8 --top-k 2 --hidden 512 --target llvm
       moegen build --experts 8,16 --top-k 1,2 --hidden 512,1024 --out layers
       moegen build --model Mixtral-8x7B/config.json --dtype bfloat16
+      moegen build --preset olmoe --dtype float32
       moegen build --from te_source.py
     """
     if mcpu == "help":
@@ -158,9 +161,9 @@ def build(
         return
     check_target(target)
     given = take_given(options)
-    if source and (given or model):
-        raise click.UsageError("--from takes the layer from the file: leave out --model and the layer's options.")
-    wanted = [] if source else wanted_layers(given, model)
+    if source and (given or model or preset):
+        raise click.UsageError("--from takes the layer from the file: leave out --model, --preset and the layer's options.")
+    wanted = [] if source else wanted_layers(given, model, preset)
     legal = [c.config for c in wanted if c.config is not None]
     illegal = [c for c in wanted if c.config is None]
     if not legal and not source:
@@ -242,7 +245,9 @@ def _print_result(result: Mapping[str, Any], several: bool) -> None:
 @layer_options
 @click.option("--host", is_flag=True, help="The generated C++ host instead of the TE module.")
 @click.option("-o", "--output", type=click.Path(), help="Write to this file.")
-def emit(model: str | None, target: str, mcpu: str | None, host: bool, output: str | None, **options: Any) -> None:
+def emit(
+    model: str | None, preset: str | None, target: str, mcpu: str | None, host: bool, output: str | None, **options: Any
+) -> None:
     """Print the tensor-expression module that a layer is compiled from.
 
     \b
@@ -253,7 +258,7 @@ def emit(model: str | None, target: str, mcpu: str | None, host: bool, output: s
         click.echo("\n".join(_processors()))
         return
     check_target(target)
-    wanted = wanted_layers(take_given(options), model)
+    wanted = wanted_layers(take_given(options), model, preset)
     if len(wanted) > 1:
         raise click.UsageError("emit prints one layer: give one value for each option.")
     if wanted[0].config is None:
@@ -300,7 +305,7 @@ def list_(out: str | None, as_json: bool) -> None:
         return
     lines = [(r["name"], r["layer"], r["target"]["mcpu"], r["verified"], size(r["bytes"])) for r in rows if "error" not in r]
     if lines:
-        click.echo(table(("name", "layer", "target", "verified", "size"), lines))
+        click.echo(table(("name", "layer", "target", "verified", "size"), lines, right=(4,)))
     for row in rows:
         if "error" in row:
             click.echo(f"damaged: {row['error']}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import artifact as artifacts
@@ -13,6 +13,8 @@ from .artifact import Artifact
 from .config import MoEConfig
 from .errors import ArtifactError
 from .target import host_arch, missing_features
+
+NOTHING = "\N{EN DASH}"
 
 
 def one_line(text: object) -> str:
@@ -132,6 +134,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def size(count: int) -> str:
+    """Bytes with a unit: 512 B, 12.9 GB."""
     amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while amount >= 1000 and len(units) > 1:
         amount /= 1000
@@ -139,7 +142,41 @@ def size(count: int) -> str:
     return f"{amount:.0f} {units[0]}" if units[0] == "B" else f"{amount:.1f} {units[0]}"
 
 
-def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+def number(value: float | None, scale: float = 1) -> str:
+    """A number to three significant digits at least, without an exponent unless it is tiny; a dash for none."""
+    if value is None:
+        return NOTHING
+    scaled = value * scale
+    if abs(scaled) >= 999.5:
+        return f"{scaled:,.0f}"
+    return f"{scaled:#.3g}".rstrip(".") if abs(scaled) >= 1e-3 or scaled == 0 else f"{scaled:.1e}"
+
+
+def percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{100 * value:.0f}%"
+
+
+def scientific(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1e}"
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The factor from seconds to the unit in which such a time reads well, and the unit."""
+    return (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1.0, "s")
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 4.20 µs, 12.3 ms."""
+    factor, unit = time_unit(seconds)
+    return f"{number(seconds * factor)} {unit}"
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], right: Collection[int] = ()) -> str:
+    """Columns of text; those of which `right` has the index are aligned to the right, as numbers are."""
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    aligned = (
+        [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

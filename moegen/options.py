@@ -15,6 +15,7 @@ import click
 
 from . import artifact as artifacts
 from . import config as layers
+from . import presets
 from .artifact import Artifact
 from .config import MoEConfig
 from .display import one_line
@@ -105,12 +106,14 @@ def field_options(*left_out: str) -> Callable[[Callable[..., Any]], Callable[...
 
 
 def layer_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One option for each field of `MoEConfig`, and those of the target."""
-    target = [
+    """One option for each field of `MoEConfig`, --model and --preset, and those of the target."""
+    preset = "Take the layer of this preset (`moegen bench --list` shows them); other options override it."
+    more = [
+        click.option("--preset", metavar="NAME", help=preset),
         click.option("--target", type=click.Choice(TARGETS), default="llvm", show_default=True, help="What to compile for."),
         click.option("--mcpu", help="Processor as LLVM names it; `--mcpu help` lists them. [default: this machine's]"),
     ]
-    return field_options()(_decorated(target)(command))
+    return field_options()(_decorated(more)(command))
 
 
 def _decorated(options: Sequence[Callable[[Any], Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -133,13 +136,15 @@ def take_given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def wanted_layers(given: Mapping[str, Any], model: str | None) -> list[Combination]:
-    """The layers that a command line asks for."""
-    base = MoEConfig.from_hf(model).to_dict() if model else {}
+def wanted_layers(given: Mapping[str, Any], model: str | None = None, preset: str | None = None) -> list[Combination]:
+    """The layers that a command line asks for: those of a model or a preset, with the given fields changed."""
+    if model and preset:
+        raise click.UsageError("--model and --preset are a layer each: give one of them.")
+    base = MoEConfig.from_hf(model).to_dict() if model else presets.preset(preset).to_dict() if preset else {}
     missing = [name for name in ("experts", "top_k", "hidden") if name not in {**base, **given}]
     if missing:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise click.UsageError(f"Missing {options} (or --model).")
+        raise click.UsageError(f"Missing {options} (or --model, or --preset).")
     return combinations({**base, **given})
 
 

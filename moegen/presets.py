@@ -67,9 +67,6 @@ class Fitted:
             return None
         return {"changes": {name: list(pair) for name, pair in self.changes.items()}, "why": self.why}
 
-    def __str__(self) -> str:
-        return f"{', '.join(f'{name} {old} -> {new}' for name, (old, new) in self.changes.items())}: {self.why}"
-
 
 def preset(name: str) -> MoEConfig:
     """The layer that `name` stands for.

@@ -23,6 +23,7 @@ from .calls import Calls
 from .config import MoEConfig
 from .errors import ArtifactError, InputError
 from .packing import Packer, readable
+from .target import usable_processors
 from .weights import resolve
 
 Array = npt.NDArray[Any]
@@ -380,8 +381,7 @@ def _as_input(routing: Routing, x: Any) -> Routing:
 
 def _threads(threads: int | None) -> int:
     if threads is None:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(usable, 1024)
+        return min(usable_processors(), 1024)
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
         raise InputError(f"threads={threads!r} must be an integer between 1 and 1024")
     return threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import platform
 from typing import Any
 
@@ -79,6 +80,11 @@ def missing_features(target: Target) -> list[str]:
     """Features that `target` needs and this machine does not have."""
     flags = host_cpu_flags()
     return [f for f in target.features if X86_FEATURES[f] not in flags] if target.arch == "x86_64" else []
+
+
+def usable_processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_arch() -> str:

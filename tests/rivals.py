@@ -9,8 +9,8 @@ import time
 import numpy as np
 
 from moegen.arrays import HostArray
-from moegen.contenders.family import Family, Settings
-from moegen.contenders.numpy_layer import NumpyLayer
+from moegen.bench.contenders.family import Family, Settings
+from moegen.bench.contenders.numpy_layer import NumpyLayer
 
 
 class Rivals(NumpyLayer):

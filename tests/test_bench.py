@@ -19,13 +19,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moegen
-from moegen import bench, bench_command, cli, contenders, measure, results
+from moegen import bench, cli, presets
 from moegen.arrays import HostArray
-from moegen.bench import Effort, Request, Subject, Watch
-from moegen.ceilings import BF16_DOT, FMA, Ceilings, Probe
-from moegen.contenders import FamilyInfo
+from moegen.bench import Effort, Request, Subject, Watch, measure, printing, results
+from moegen.bench import run as running
+from moegen.bench.ceilings import BF16_DOT, FMA, Ceilings, Probe
+from moegen.bench.contenders import roster
+from moegen.bench.contenders.roster import FamilyInfo
+from moegen.bench.machine import available_bytes, this_machine
 from moegen.errors import BuildError, ConfigError, MeasureError
-from moegen.machine import available_bytes, this_machine
 from moegen.target import host_cpu_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -53,13 +55,13 @@ class Quiet(Watch):
 def rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contenders that misbehave, in a family of their own."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    monkeypatch.setitem(contenders.FAMILIES, "rivals", FamilyInfo("rivals", dict.fromkeys(RIVALS, "misbehaves")))
+    monkeypatch.setitem(roster.FAMILIES, "rivals", FamilyInfo("rivals", dict.fromkeys(RIVALS, "misbehaves")))
 
 
 @pytest.fixture
 def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads that cost little."""
-    monkeypatch.setattr("moegen.bench.Probe", lambda threads: Probe(threads, 4 << 20))
+    monkeypatch.setattr("moegen.bench.run.Probe", lambda threads: Probe(threads, 4 << 20))
 
 
 @pytest.fixture
@@ -92,6 +94,16 @@ def test_ceilings_are_measured() -> None:
         flags = host_cpu_flags()
         assert probe.kind("bfloat16") in ((BF16_DOT, FMA) if "avx512_bf16" in flags else (FMA,))
         assert probe.flops_per_s(probe.kind("bfloat16")) > 1e8
+
+
+def test_probes_leave_the_callers_threads_where_they_may_run() -> None:
+    """A pinned caller would hand its one processor down to every thread and process that it starts later."""
+    before = os.sched_getaffinity(0)
+    with Probe(len(before), 8 << 20) as probe:
+        probe.flops_per_s(FMA)
+        probe.read_bytes_per_s()
+    for thread in pathlib.Path("/proc/self/task").iterdir():
+        assert os.sched_getaffinity(int(thread.name)) == before
 
 
 def test_roofline_is_the_tighter_limit() -> None:
@@ -152,7 +164,7 @@ def test_wrong_and_failing_contenders(rivals: None, small_probe: None, tiny: Sub
             assert found[name]["status"] in ("wrong", "failed")
             assert found[name]["seconds"] is found[name]["tokens_per_s"] is found[name]["ratio_to_moegen"] is None
             assert found[name]["samples"] == []
-    text = "\n".join(results.point_lines(run["points"][0], run))
+    text = "\n".join(printing.point_lines(run["points"][0], run))
     assert re.search(r"^liar +WRONG +1\.0e-03 +wrong: relative L2 error", text, re.MULTILINE)
     assert re.search(r"^crasher +- +crashed with SIGSEGV$", text, re.MULTILINE)
 
@@ -166,8 +178,8 @@ def test_hanging_contender(rivals: None, small_probe: None, tiny: Subject) -> No
 
 
 def test_families_that_are_not_there(monkeypatch: pytest.MonkeyPatch, small_probe: None, tiny: Subject) -> None:
-    monkeypatch.setitem(contenders.FAMILIES, "gone", FamilyInfo("gone", {"gone": ""}, needs=("no_such_package",)))
-    monkeypatch.setitem(contenders.FAMILIES, "broken", FamilyInfo("moegen.no_such_module", {"broken": ""}))
+    monkeypatch.setitem(roster.FAMILIES, "gone", FamilyInfo("gone", {"gone": ""}, needs=("no_such_package",)))
+    monkeypatch.setitem(roster.FAMILIES, "broken", FamilyInfo("moegen.no_such_module", {"broken": ""}))
     document = bench.bench([tiny], Request((1,), (1,), against="gone,broken", effort=QUICK))
     reasons = {entry["name"]: entry["reason"] for entry in document["runs"][0]["absent"]}
     assert reasons["gone"] == "no_such_package not installed: pip install 'moegen[bench]'"
@@ -199,7 +211,7 @@ def test_schema(document: dict[str, Any]) -> None:
     assert document["versions"]["moegen"] == moegen.__version__
     assert set(document["machine"]) == {"cpu", "processors", "l3_bytes", "memory_bytes"}
     assert [run["name"] for run in document["runs"]] == ["tiny float32 1 thread uniform", "tiny float32 1 thread zipf"]
-    json.loads(results.as_json_text(document))
+    json.loads(json.dumps(document))
     for run in document["runs"]:
         assert moegen.MoEConfig.from_dict(run["config"]) == CONFIG
         assert run["preset"] is run["scaled"] is run["seconds"]["build"] is None
@@ -248,21 +260,13 @@ def test_csv(document: dict[str, Any]) -> None:
 
 def test_tables(document: dict[str, Any]) -> None:
     run = document["runs"][0]
-    text = "\n".join([*results.run_lines(run), *results.point_lines(run["points"][1], run)])
+    text = "\n".join([*printing.run_lines(run), *printing.point_lines(run["points"][1], run)])
     assert "built already" in text
     assert "9 tokens; " in text
     assert "contender" in text
-    assert re.search(r"^moegen +\S+ [mu]s +\S+ [mu]s +[\d.e+]+ +[\d.]+ +[\d.]+ +\d+% +1\.00 +\de-|\d\.\de-", text, re.MULTILINE)
+    assert re.search(r"^moegen +\S+ [mµ]s +\S+ [mµ]s +[\d,.]+ +[\d.]+ +[\d.]+ +\d+% +1\.00 +\de-|\d\.\de-", text, re.MULTILINE)
     assert re.search(r"^parts: router ", text, re.MULTILINE)
     assert re.search(r"^dense: .* times moegen's \(arithmetic: 2\.00\)", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(1.5, "1.50 s"), (12.34, "12.3 s"), (0.0123, "12.3 ms"), (0.5, "500 ms"), (4.2e-6, "4.20 us"), (0, "0.00 us")],
-)
-def test_durations(seconds: float, shown: str) -> None:
-    assert results.duration(seconds) == shown
 
 
 def test_documents_are_checked(tmp_path: pathlib.Path, document: dict[str, Any]) -> None:
@@ -283,15 +287,15 @@ def test_documents_are_checked(tmp_path: pathlib.Path, document: dict[str, Any])
 
 def test_scaled_presets_say_so(monkeypatch: pytest.MonkeyPatch, small_probe: None, built: Build) -> None:
     big = moegen.MoEConfig(experts=32, top_k=2, hidden=32, intermediate=32)
-    monkeypatch.setitem(bench_command.PRESETS, "big", big)
+    monkeypatch.setitem(presets.PRESETS, "big", big)
     small = built(experts=16, top_k=2, hidden=32, intermediate=32)
     request = Request((1,), (1,), against="none", memory_bytes=500_000, store=small.path.parent, effort=QUICK)
     (run,) = bench.bench([bench.preset_subject("big")], request)["runs"]
     assert run["config"]["experts"] == 16
     assert run["scaled"]["changes"] == {"experts": [32, 16]}
     assert "2 copies of the weights" in run["scaled"]["why"]
-    assert "SCALED DOWN  experts 32 -> 16: 2 copies" in "\n".join(results.run_lines(run))
-    assert "scaled" in "\n".join(results.point_lines(run["points"][0], run))
+    assert "SCALED DOWN  experts 32 -> 16: 2 copies" in "\n".join(printing.run_lines(run))
+    assert "scaled" in "\n".join(printing.point_lines(run["points"][0], run))
 
 
 def test_layers_of_the_users_own_are_not_scaled(tiny: Subject) -> None:
@@ -314,13 +318,13 @@ def test_impossible_requests(request_fields: dict[str, Any], error: type[Excepti
 
 
 def test_chosen_contenders() -> None:
-    assert contenders.chosen_families("none") == {"moegen": ["moegen"]}
-    assert contenders.chosen_families("numpy-naive,torch") == {
+    assert roster.chosen_families("none") == {"moegen": ["moegen"]}
+    assert roster.chosen_families("numpy-naive,torch") == {
         "moegen": ["moegen"],
         "numpy": ["numpy-naive"],
         "torch": ["torch-loop", "torch-grouped", "torch-compiled"],
     }
-    assert set(contenders.chosen_families("all")) == set(contenders.FAMILIES)
+    assert set(roster.chosen_families("all")) == set(roster.FAMILIES)
 
 
 # ---------------------------------------------------------------- the command line
@@ -354,7 +358,7 @@ def test_command(small_probe: None, tiny: Subject, tmp_path: pathlib.Path) -> No
 
 def test_layers_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[Subject], Request]] = []
-    monkeypatch.setattr(bench, "bench", lambda subjects, request, *_: asked.append((subjects, request)))
+    monkeypatch.setattr(running, "bench", lambda subjects, request, *_: asked.append((subjects, request)))
     run("bench", "olmoe", "mixtral", "--dtype", "float32,bfloat16", "--tokens", "16,4096", "--routing", "uniform,zipf")
     run("bench", "--experts", "4,8", "--top-k", "2", "--hidden", "64", "--threads", "1", "--against", "numpy", "--memory-gb", "2.5")
     run("bench", "deepseek-v3", "--experts", "16", "--hidden", "512")
@@ -372,7 +376,7 @@ def test_layers_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_list() -> None:
     text = run("bench", "--list").stdout
-    assert all(re.search(rf"^{name} +E\d", text, re.MULTILINE) for name in bench_command.PRESETS)
+    assert all(re.search(rf"^{name} +E\d", text, re.MULTILINE) for name in presets.PRESETS)
     assert re.search(r"^numpy-naive +installed +a token at a time", text, re.MULTILINE)
 
 
@@ -404,7 +408,7 @@ def test_interrupt_keeps_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, small_probe: None, tiny: Subject, tmp_path: pathlib.Path
 ) -> None:
     assert tiny.artifact is not None
-    real, measured = bench.measure_point, []
+    real, measured = running.measure_point, []
 
     def interrupted(*arguments: Any, **options: Any) -> dict[str, Any]:
         measured.append(arguments[3])
@@ -413,7 +417,7 @@ def test_interrupt_keeps_what_was_measured(
             time.sleep(1)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(bench, "measure_point", interrupted)
+    monkeypatch.setattr(running, "measure_point", interrupted)
     file = tmp_path / "out.json"
     arguments = ("bench", tiny.artifact.path, "--no-peers", "--tokens", "1,2,3", "--threads", "1", "--rounds", "1", "--json", file)
     assert run(*arguments, code=130).stderr == "Interrupted.\n"
@@ -458,29 +462,11 @@ def _workers(parent: int) -> Iterator[int]:
             yield int(path.parent.name)
 
 
-# ---------------------------------------------------------------- report
-
-
-def test_report_hands_on(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    import types
-
-    calls: list[tuple[list[pathlib.Path], pathlib.Path]] = []
-    pages = types.ModuleType("moegen.report")
-    pages.write = lambda paths, folder: calls.append((paths, folder)) or folder / "index.html"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "moegen.report", pages)
-    monkeypatch.setattr(moegen, "report", pages, raising=False)
-    (tmp_path / "a.json").write_text("{}")
-    said = run("report", tmp_path / "a.json", "--out", tmp_path / "pages").stdout
-    assert said == f"{tmp_path / 'pages' / 'index.html'}\n"
-    assert calls == [([tmp_path / "a.json"], tmp_path / "pages")]
-    assert "there is no file" in sentence("report", tmp_path / "b.json", "--out", tmp_path)
-
-
 def test_poison_is_not_a_number() -> None:
     import numpy as np
 
     from moegen.arrays import to_float32
-    from moegen.contenders.family import poison
+    from moegen.bench.contenders.family import poison
 
     for dtype, storage in (("float32", np.float32), ("bfloat16", np.uint16), ("float16", np.float16)):
         array = HostArray(np.zeros((2, 3), storage), dtype)

@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moegen
-from moegen import batch, builder, cli, display, options, plan, verification
+from moegen import batch, builder, cli, display, options, plan, presets, verification
 from moegen.batch import Outcome
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ def test_every_field_has_an_option_and_help(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["build"], 2, r"Missing --experts, --top-k, --hidden \(or --model\)"),
+        (["build"], 2, r"Missing --experts, --top-k, --hidden \(or --model, or --preset\)"),
         (["build", "--experts", "4,x"], 2, "'4,x' is not a whole number"),
         (["build", *OPTIONS, "--dtype", "int4"], 2, "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
         (["build", *OPTIONS, "--capacity-factor", "much"], 2, "'much' is not a valid float"),
@@ -166,6 +166,17 @@ def test_build_from_a_model(tiny: moegen.Artifact, tmp_path: pathlib.Path) -> No
     (result,) = json.loads(run("build", *given, "--out", tiny.path.parent, "--json").stdout)["results"]
     assert result["name"] == tiny.name
     assert result["already_built"]
+
+
+def test_presets(monkeypatch: pytest.MonkeyPatch, tiny: moegen.Artifact) -> None:
+    monkeypatch.setitem(presets.PRESETS, "toy", moegen.MoEConfig(**TINY | {"experts": 8, "dtype": "bfloat16"}))
+    given = ["--preset", "toy", "--experts", "4", "--dtype", "float32"]
+    (result,) = json.loads(run("build", *given, "--out", tiny.path.parent, "--json").stdout)["results"]
+    assert result["name"] == tiny.name
+    assert run("emit", *given).stdout == run("emit", *OPTIONS).stdout
+    assert "did you mean 'toy'?" in sentence("build", "--preset", "toi")
+    assert "give one of them" in sentence("emit", "--preset", "toy", "--model", "config.json", code=2)
+    assert "leave out --model, --preset" in sentence("build", "--preset", "toy", "--from", "te.py", code=2)
 
 
 def test_build_from_emitted_text(tiny: moegen.Artifact, tmp_path: pathlib.Path) -> None:

@@ -39,40 +39,62 @@ ORDER = (
     ("batch",),
     ("display",),
     ("presets",),
-    ("readings",),
-    ("drawing", "tables"),
-    ("comparisons", "insides"),
-    ("pictures",),
-    ("report",),
     ("options",),
-    ("machine",),
-    ("ceilings",),
-    ("workload",),
-    ("contenders",),
-    ("measure",),
-    ("results",),
     ("bench",),
-    ("bench_command",),
+    ("report",),
     ("cli",),
     ("__main__",),
 )
+# The same inside a sub-package.
+INSIDE = {
+    "bench": (
+        ("machine",),
+        ("ceilings",),
+        ("workload",),
+        ("contenders",),
+        ("request",),
+        ("measure",),
+        ("results",),
+        ("printing",),
+        ("run",),
+        ("__init__",),
+        ("command",),
+    ),
+    "bench.contenders": (
+        ("roster", "family"),
+        ("moegen_layer", "numpy_layer", "onnx_layer", "torch_layer"),
+        ("onednn_layer",),
+        ("worker",),
+        ("process",),
+        ("team",),
+        ("__init__",),
+    ),
+    "report": (
+        ("readings",),
+        ("drawing", "tables"),
+        ("comparisons", "insides"),
+        ("pictures",),
+        ("page",),
+        ("__init__",),
+        ("command",),
+    ),
+}
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
 RUNTIME_NEVER = {"emission", "compiler", "intrinsics", "rewriting", "plan", "builder", "batch", "schedules"}
-RUNTIME_NEVER |= {"verification", "reference", "cli"}
-RUNTIME_NEVER |= {"bench", "ceilings", "contenders", "measure", "report", "results", "workload"}
+RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "intrinsics", "rewriting"},
-    "jinja2": {"emission", "report"},
-    "matplotlib": {"drawing"},
-    "PIL": {"drawing"},
-    "click": {"bench_command", "cli", "options"},
-    "tqdm": {"bench_command", "cli"},
-    "torch": {"contenders.onednn_layer", "contenders.torch_layer"},
-    "onnx": {"contenders.onnx_layer"},
-    "onnxruntime": {"contenders.onnx_layer"},
+    "jinja2": {"emission", "report.page"},
+    "matplotlib": {"report.drawing"},
+    "PIL": {"report.drawing"},
+    "click": {"bench.command", "cli", "options", "report.command"},
+    "tqdm": {"bench.command", "cli"},
+    "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"},
+    "onnx": {"bench.contenders.onnx_layer"},
+    "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),
     "xgboost": set(),
 }
@@ -134,6 +156,19 @@ def _inside(name: str, deferred: bool = True) -> set[str]:
     return {part if part in LEVEL or part == "__init__" else "__init__" for part in parts} - {name.split(".")[0]}
 
 
+def _within(name: str, package: str) -> set[str]:
+    """Modules directly inside a sub-package that its module `name` imports, itself left out."""
+    path = tuple(package.split("."))
+    known = {part for names in INSIDE[package] for part in names}
+    beyond = [target[1:] for target in _imports(name) if target[0] == "moegen" and target[1 : 1 + len(path)] == path]
+    parts = {target[len(path)] if len(target) > len(path) else "__init__" for target in beyond}
+    return {part if part in known else "__init__" for part in parts} - {_place(name, package)}
+
+
+def _place(name: str, package: str) -> str:
+    return name.removeprefix(f"{package}.").split(".")[0]
+
+
 def _outside(name: str) -> set[str]:
     return {target[0] for target in _imports(name)} - {"moegen"}
 
@@ -168,6 +203,21 @@ def test_imports_only_from_above(name: str) -> None:
     assert not below, f"moegen.{name} imports {sorted(below)}, which come after it"
     if name not in ("cli", "__main__"):
         assert "__init__" not in _inside(name), f"moegen.{name} imports the package that imports it"
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_sub_packages_are_straight_lines(package: str) -> None:
+    level = {name: at for at, names in enumerate(INSIDE[package]) for name in names}
+    members = [name for name in SOURCES if name.startswith(f"{package}.")]
+    assert {_place(name, package) for name in members} == set(level)
+    for name in members:
+        below = {other for other in _within(name, package) if level[other] >= level[_place(name, package)]}
+        assert not below, f"moegen.{name} imports {sorted(below)}, which come after it"
+
+
+def test_every_sub_package_has_an_order() -> None:
+    packages = {name.removesuffix(".__init__") for name in SOURCES if name.endswith(".__init__")}
+    assert {name for name in packages if not name.startswith("schedules")} == set(INSIDE)
 
 
 def test_no_cycles() -> None:
@@ -245,6 +295,10 @@ def test_the_test_sees_what_is_forbidden(tmp_path: pathlib.Path, monkeypatch: py
     monkeypatch.setitem(SOURCES, "bad", bad)
     monkeypatch.setitem(LEVEL, "bad", LEVEL["runtime"])
     _imports.cache_clear()
+    worse = tmp_path / "worse.py"
+    worse.write_text("from . import Subject\nfrom .. import bench\ndef f():\n    from .run import bench\n", encoding="utf-8")
+    monkeypatch.setitem(SOURCES, "bench.worse", worse)
+    assert _within("bench.worse", "bench") == {"__init__", "run"}
     assert _inside("bad") == {"emission", "builder", "cli"}
     assert _inside("bad", deferred=False) == {"emission"}
     assert _outside("bad") == {"typing", "tvm"}

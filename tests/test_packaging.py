@@ -51,7 +51,8 @@ def test_wheel_contents(wheel: pathlib.Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
         metadata = archive.read(f"moegen-{moegen.__version__}.dist-info/METADATA").decode()
-    expected = {"moegen/py.typed"}
+    expected = {"moegen/py.typed", "moegen/bench/run.py", "moegen/bench/contenders/worker.py", "moegen/report/page.py"}
+    expected |= {"moegen/templates/bench/probe.cc", "moegen/templates/report/page.html.jinja"}
     for folder, prefix in (("moegen", ""), ("schedules", "moegen/"), ("templates", "moegen/"), ("tuning_logs", "moegen/")):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         expected |= {prefix + path.relative_to(ROOT).as_posix() for path in files}
@@ -132,3 +133,4 @@ def test_command_line_does_not_import_the_compiler(tmp_path: pathlib.Path) -> No
     modules = _modules("import moegen.cli", tmp_path)
     assert "click" in modules
     assert modules.isdisjoint((*COMPILER, "torch", "tvm_ffi", "moegen.builder"))
+    assert modules.isdisjoint(("matplotlib", "PIL", "onnx", "onnxruntime", "moegen.report.page", "moegen.bench.run"))

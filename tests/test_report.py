@@ -12,13 +12,16 @@ import sys
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from helpers import ROOT
 
+from moegen import cli
 from moegen.errors import ReportError
 
 pytest.importorskip("matplotlib", reason="the [report] extra is not installed")
 
-from moegen import drawing, pictures, readings, report, tables
+from moegen import display, report
+from moegen.report import drawing, pictures, readings, tables
 
 PARTS = ("router", "topk", "dispatch", "gather", "up", "down", "finish")
 
@@ -130,7 +133,7 @@ def test_page_and_pictures(tmp_path: pathlib.Path, results: dict[str, Any]) -> N
         "Imaginary CPU",
         "1.1 GB of memory",
         "moegen 0.0.0",
-        "hidden 4096 to 8",
+        "hidden 4096 -&gt; 8",
         "it is a toy",
         "package rival is not installed",
     ):
@@ -162,7 +165,7 @@ def test_wrong_and_failed_have_no_speed(tmp_path: pathlib.Path) -> None:
     assert text.count("&lt;failed&gt; &amp; so on") == 2
     assert "2.5e-01" in text
     (row,) = tables.overview(readings.read([tmp_path / "results.json"])).rows
-    assert row.cells[1] == tables.NOTHING, "a wrong contender is not the fastest"
+    assert row.cells[1] == display.NOTHING, "a wrong contender is not the fastest"
 
 
 def test_wrong_contenders_are_not_drawn(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,9 +293,10 @@ def test_without_the_extra(missing: str) -> None:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.modules[{missing!r}] = None
+import moegen.report
 from moegen.errors import ReportError
 try:
-    import moegen.report
+    moegen.report.write([], 'out')
 except ReportError as error:
     print(error)
 """
@@ -301,8 +305,15 @@ except ReportError as error:
     assert "pip install 'moegen[report]'" in done.stdout
 
 
-def test_numbers_read_well() -> None:
-    shown = [tables.number(value) for value in (None, 0, 0.00012, 0.5, 2.6, 100, 999.7, 12345.6)]
-    assert shown == [tables.NOTHING, "0.00", "1.2e-04", "0.500", "2.60", "100", "1,000", "12,346"]
-    assert [drawing.duration(seconds) for seconds in (2e-6, 1.5e-3, 0.25, 3)] == ["2 µs", "1.5 ms", "250 ms", "3 s"]
-    assert drawing.short(999.9) == "1k"
+def test_ticks_read_well() -> None:
+    assert [drawing.short(value) for value in (999.9, 0.05, 30_000, 2e6)] == ["1k", "0.05", "30k", "2M"]
+
+
+def test_command(tmp_path: pathlib.Path, results: dict[str, Any]) -> None:
+    path = _save(tmp_path, results)
+    done = CliRunner().invoke(cli.main, ["report", str(path), "--out", str(tmp_path / "out")])
+    assert done.stdout == f"{tmp_path / 'out' / 'index.html'}\n"
+    assert (tmp_path / "out" / "index.html").is_file()
+    done = CliRunner().invoke(cli.main, ["report", str(tmp_path / "b.json"), "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: there is no file")

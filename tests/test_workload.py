@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import moegen
-from moegen import ConfigError, reference, workload
+from moegen import ConfigError, reference
 from moegen.arrays import to_float32
+from moegen.bench import workload
+from moegen.bench.contenders.family import Settings
+from moegen.bench.contenders.numpy_layer import NumpyLayer
 from moegen.config import weight_shapes
-from moegen.contenders.family import Settings
-from moegen.contenders.numpy_layer import NumpyLayer
 
 SMALL: dict[str, Any] = {"experts": 8, "top_k": 2, "hidden": 48, "intermediate": 32}
 LAYERS: dict[str, dict[str, Any]] = {
@@ -45,7 +46,7 @@ def make(folder: pathlib.Path, tokens: int = 20, routing: str = "uniform", **fie
 
 def errors_of(family: Any, folder: pathlib.Path, tokens: int) -> dict[str, float]:
     """Relative L2 errors of every contender of a family, all batches, poisoned outputs."""
-    from moegen.contenders.worker import Worker
+    from moegen.bench.contenders.worker import Worker
 
     worker = Worker(family)
     worker.point(tokens)
@@ -150,8 +151,8 @@ def test_numpy_contenders(tmp_path: pathlib.Path, name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_torch_contenders(tmp_path: pathlib.Path, name: str) -> None:
     pytest.importorskip("torch", reason="the contenders of torch need torch==2.13.0, the CPU build")
-    from moegen.contenders.onednn_layer import OnednnLayer
-    from moegen.contenders.torch_layer import TorchLayer
+    from moegen.bench.contenders.onednn_layer import OnednnLayer
+    from moegen.bench.contenders.torch_layer import TorchLayer
 
     config = make(tmp_path, **LAYERS[name])
     eager = TorchLayer(Settings(tmp_path, 2, ""))
@@ -178,7 +179,7 @@ ONNX_REFUSES = {
 def test_onnx_contender(tmp_path: pathlib.Path, name: str) -> None:
     pytest.importorskip("onnxruntime", reason="the contender of ONNX Runtime needs onnxruntime")
     pytest.importorskip("onnx", reason="the contender of ONNX Runtime needs onnx")
-    from moegen.contenders.onnx_layer import OnnxLayer
+    from moegen.bench.contenders.onnx_layer import OnnxLayer
 
     make(tmp_path, **LAYERS[name])
     family = OnnxLayer(Settings(tmp_path, 2, ""))

@@ -1,4 +1,4 @@
-"""`moegen bench` and `moegen report`: what is to be measured, progress, tables and files."""
+"""`moegen bench`: what is to be measured, progress, tables and files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .config import DTYPES, MoEConfig
-from .contenders import FAMILIES
-from .display import brief, table
-from .errors import ArtifactError, ConfigError, MeasureError
-from .options import field_options, integers, named_artifact, out_option, take_given, wanted_layers
-from .presets import PRESETS, preset, weight_bytes
+from ..config import DTYPES, MoEConfig
+from ..display import brief, size, table
+from ..errors import ArtifactError, ConfigError, MeasureError
+from ..options import field_options, integers, named_artifact, out_option, take_given, wanted_layers
+from ..presets import PRESETS, preset, weight_bytes
+from .contenders.roster import FAMILIES
+from .request import TOKENS, Effort, Request, Subject, check, rounds_in
+from .workload import ROUTINGS
 
 if TYPE_CHECKING:
-    from .bench import Request, Subject, Watch
+    from .run import Watch
 
 _numbers = functools.partial(click.option, metavar="N[,N...]", callback=integers)
 
@@ -39,7 +41,7 @@ def _names(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 
 @click.command()
 @click.argument("what", nargs=-1, metavar="[PRESET | PATH_OR_NAME]...")
-@_numbers("--tokens", default="1,4,16,64,256,1024", show_default=True, help="T, tokens of a call.")
+@_numbers("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="T, tokens of a call.")
 @click.option("--dtype", "dtypes", metavar="TYPE[,TYPE]", callback=_names(DTYPES), help="Storage types. [default: the preset's]")
 @_numbers("--threads", help="Threads of every contender. [default: all processors]")
 @click.option(
@@ -47,7 +49,7 @@ def _names(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
     "routings",
     default="uniform",
     show_default=True,
-    callback=_names(("uniform", "zipf")),
+    callback=_names(ROUTINGS),
     help="How popular the experts are: uniform, zipf, or both.",
 )
 @click.option("--against", default="all", show_default=True, help="Contenders: all, none, or names (--list shows them).")
@@ -80,8 +82,7 @@ def bench(what: tuple[str, ...], listing: bool, **options: Any) -> None:
         click.echo(_listing())
         return
     subjects = _subjects(what, options)
-    from . import bench as benches
-    from . import results
+    from . import results, run  # here, because other commands import this module too
 
     json_file, csv_file = options["json_file"], options["csv_file"]
     document = results.new_document()
@@ -90,29 +91,26 @@ def bench(what: tuple[str, ...], listing: bool, **options: Any) -> None:
             raise click.UsageError("--resume needs --json FILE, which holds what was measured already.")
         document = results.read_document(json_file) if json_file.exists() else document
     asked = _request(options)
-    benches.check(asked)
-    with _progress(benches.rounds_in(subjects, asked)) as bar:
+    check(asked)
+    with _progress(rounds_in(subjects, asked)) as bar:
         watch = _watch(bar, json_file, csv_file)
-        benches.bench(subjects, asked, document, watch)
+        run.bench(subjects, asked, document, watch)
     for file in (json_file, csv_file):
         if file is not None:
             click.echo(f"wrote {file}", err=True)
 
 
 def _listing() -> str:
-    presets = [(name, brief(config), f"{weight_bytes(config) / 1e9:.2f} GB") for name, config in PRESETS.items()]
+    presets = [(name, brief(config), size(weight_bytes(config))) for name, config in PRESETS.items()]
     contenders = [
         (name, info.missing() or "installed", text) for info in FAMILIES.values() for name, text in info.contenders.items()
     ]
-    return "\n".join(
-        (table(("preset", "layer", "weights"), presets), "", table(("contender", "available", "what it does"), contenders))
-    )
+    layers = table(("preset", "layer", "weights"), presets, right=(2,))
+    return f"{layers}\n\n{table(('contender', 'available', 'what it does'), contenders)}"
 
 
 def _subjects(what: tuple[str, ...], options: dict[str, Any]) -> list[Subject]:
     """The layers that a command line names."""
-    from .bench import Subject
-
     given, model, dtypes = take_given(options), options.pop("model"), options.pop("dtypes")
     many = {"dtype": dtypes} if dtypes else {}
     if not what:
@@ -125,7 +123,7 @@ def _subjects(what: tuple[str, ...], options: dict[str, Any]) -> list[Subject]:
     found: list[Subject] = []
     for name in what:
         if name in PRESETS:
-            combined = wanted_layers({**preset(name).to_dict(), **given, **many}, None)
+            combined = wanted_layers({**given, **many}, preset=name)
             found += [Subject(name, config, preset=name) for config in _legal(combined)]
         else:
             found.append(_artifact_subject(name, options["out"], bool(given or many)))
@@ -140,8 +138,6 @@ def _legal(combined: list[Any]) -> list[MoEConfig]:
 
 
 def _artifact_subject(name: str, out: str | None, changed: bool) -> Subject:
-    from .bench import Subject
-
     try:
         made = named_artifact(name, out)
     except ArtifactError as error:
@@ -160,8 +156,6 @@ def _sizes(config: MoEConfig) -> str:
 
 
 def _request(options: dict[str, Any]) -> Request:
-    from .bench import Effort, Request
-
     memory = options["memory_gb"]
     return Request(
         tokens=options["tokens"],
@@ -192,8 +186,8 @@ def _progress(rounds: int) -> Any:
 
 
 def _watch(bar: Any, json_file: pathlib.Path | None, csv_file: pathlib.Path | None) -> Watch:
-    from . import results
-    from .bench import Watch
+    from . import printing, results
+    from .run import Watch
 
     class Shown(Watch):
         """Tables as they come; files after every point, so that an interrupt keeps what was measured."""
@@ -205,11 +199,11 @@ def _watch(bar: Any, json_file: pathlib.Path | None, csv_file: pathlib.Path | No
                 if what:
                     bar.set_description(what)
 
-        def run(self, run: dict[str, Any]) -> None:
-            self._say(results.run_lines(run))
+        def run(self, started: dict[str, Any]) -> None:
+            self._say(printing.run_lines(started))
 
-        def point(self, run: dict[str, Any], document: dict[str, Any]) -> None:
-            self._say(results.point_lines(run["points"][-1], run))
+        def point(self, measured: dict[str, Any], document: dict[str, Any]) -> None:
+            self._say(printing.point_lines(measured["points"][-1], measured))
             if json_file is not None:
                 results.write_document(document, json_file)
             if csv_file is not None:
@@ -224,28 +218,3 @@ def _watch(bar: Any, json_file: pathlib.Path | None, csv_file: pathlib.Path | No
                     click.echo(text)
 
     return Shown()
-
-
-# ---------------------------------------------------------------- report
-
-
-@click.command()
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=pathlib.Path), metavar="RESULTS.json...")
-@click.option(
-    "--out", "folder", type=click.Path(path_type=pathlib.Path), required=True, help="Folder for the page and its figures."
-)
-def report(results: tuple[pathlib.Path, ...], folder: pathlib.Path) -> None:
-    """Turn results of `moegen bench` into a page with figures.
-
-    \b
-    Example:
-      moegen report olmoe.json mixtral.json --out report
-    """
-    for path in results:
-        if not path.is_file():
-            raise MeasureError(f"there is no file {str(path)!r}; `moegen bench ... --json {path}` writes one")
-    try:
-        from . import report as pages  # type: ignore[attr-defined, unused-ignore]
-    except ImportError as error:
-        raise MeasureError(f"reports need matplotlib ({error}): pip install 'moegen[report]'") from error
-    click.echo(str(pages.write(list(results), folder)))

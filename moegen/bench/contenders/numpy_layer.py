@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import HostArray, empty_aligned, to_float32, to_storage
-from .family import Family, Settings
+from ...arrays import HostArray, empty_aligned, to_float32, to_storage
+from .family import GATES, Family, Settings
 
 Floats = Any  # float32 arrays: NumPy's stubs know no more of a product's type
 
@@ -114,10 +114,7 @@ class NumpyLayer(Family):
             limit = np.float32(c.swiglu_limit)
             gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
             return gate * _sigmoid(np.float32(c.swiglu_alpha) * gate) * (up + np.float32(1))
-        return _ACTIVATIONS[_GATES[c.activation]](gate) * up
-
-
-_GATES = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+        return _ACTIVATIONS[GATES[c.activation]](gate) * up
 
 
 def _sigmoid(x: Floats) -> Floats:

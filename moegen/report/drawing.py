@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import without_pictures
+from ..bench.contenders.roster import OURS
+from ..errors import without_pictures
 
 try:
     import matplotlib
@@ -31,7 +32,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["Axes", "Figure", "Patch"]  # for those that draw on what this module makes
 
-OURS = "moegen"
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 PANEL_INCHES = (5.4, 3.9)
 DOTS_PER_INCH = 144
@@ -217,17 +217,6 @@ def short(value: float) -> str:
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g}{unit}"
     return f"{value:.3g}"
-
-
-def time_unit(seconds: float) -> tuple[float, str]:
-    """The factor from seconds to the unit in which such a time reads well, and the unit."""
-    return (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1.0, "s")
-
-
-def duration(seconds: float) -> str:
-    factor, unit = time_unit(seconds)
-    value = seconds * factor
-    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def ink_on(colour: str) -> str:

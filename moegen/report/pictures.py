@@ -15,8 +15,11 @@ ROOFLINE = (
     "the median of the ceilings measured beside the calls, the band their range. "
     "What lies on it could only be faster if weights stayed in caches."
 )
-PARTS = "Shares of one call, from top to bottom in the order of the legend; over each bar the time of the call."
-LOAD = "How the routing of the largest batch spreads over the experts, busiest first."
+PARTS = (
+    "Shares of one call, from top to bottom in the order of the legend; over each bar the median time of a call. "
+    "The parts are timed in calls of their own: what is in no part is the way in and out, and by how much calls differ."
+)
+LOAD = "How the routing spreads the largest batches over the experts, busiest first; all batches of that size together."
 TUNING = "A dot is a candidate that ran and was correct; the line is the best so far, the dashed one what is used without tuning."
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .display import size
+from ..bench.contenders.roster import OURS
+from ..bench.results import changes
+from ..display import NOTHING, number, percent, scientific, size
 from .readings import Readings, Run, Tuning, correct
 
 Json = Mapping[str, Any]
-OURS = "moegen"
-NOTHING = "\N{EN DASH}"
 
 
 class Row(NamedTuple):
@@ -38,20 +38,6 @@ class RunText(NamedTuple):
     points: list[tuple[str, Table]]
     ceilings: Table
     dense: Table | None
-
-
-def number(value: float | None, scale: float = 1) -> str:
-    """A number to three significant digits at least, without an exponent unless it is tiny; a dash for none."""
-    if value is None:
-        return NOTHING
-    scaled = value * scale
-    if abs(scaled) >= 999.5:
-        return f"{scaled:,.0f}"
-    return f"{scaled:#.3g}".rstrip(".") if abs(scaled) >= 1e-3 or scaled == 0 else f"{scaled:.1e}"
-
-
-def percent(value: float | None) -> str:
-    return NOTHING if value is None else f"{100 * value:.0f} %"
 
 
 def overview(readings: Readings) -> Table:
@@ -90,7 +76,7 @@ def _overview_cells(point: Json) -> list[str]:
 def without_speed(readings: Readings) -> Table | None:
     """Contenders that gave a wrong result or none."""
     rows = [
-        Row([run.label, c["name"], c["status"], c["reason"] or NOTHING, str(point["tokens"]), _error(c["relative_l2"])], "bad")
+        Row([run.label, c["name"], c["status"], c["reason"] or NOTHING, str(point["tokens"]), scientific(c["relative_l2"])], "bad")
         for run in readings.runs
         for point in _by_tokens(run)
         for c in point["contenders"]
@@ -115,9 +101,7 @@ def absent(readings: Readings) -> Table | None:
 
 def scaled(readings: Readings) -> Table | None:
     """Runs whose sizes are not those of the model that they are named after."""
-    rows = [
-        Row([run.label, _changes(run.data["scaled"]), run.data["scaled"]["why"]]) for run in readings.runs if run.data["scaled"]
-    ]
+    rows = [Row([run.label, changes(run.data), run.data["scaled"]["why"]]) for run in readings.runs if run.data["scaled"]]
     return Table(["run", "what was scaled", "why"], rows, words=3) if rows else None
 
 
@@ -140,7 +124,7 @@ def run_text(run: Run) -> RunText:
     return RunText(
         run.label,
         list(_facts(data)),
-        f"{_changes(data['scaled'])}: {data['scaled']['why']}" if data["scaled"] else "",
+        f"{changes(data)}: {data['scaled']['why']}" if data["scaled"] else "",
         [(one["name"], one["reason"]) for one in data["absent"]],
         [(_heading(point), _contenders(point)) for point in points],
         _ceilings(points),
@@ -176,7 +160,7 @@ def _contenders(point: Json) -> Table:
         if c["status"] != "correct":
             blank = [NOTHING] * (len(header) - 4)
             status = f"{c['status']}: {c['reason']}" if c["reason"] else c["status"]
-            rows.append(Row([c["name"], status, *blank, _error(c["relative_l2"]), NOTHING], "bad"))
+            rows.append(Row([c["name"], status, *blank, scientific(c["relative_l2"]), NOTHING], "bad"))
     return Table(header, rows, words=2)
 
 
@@ -186,7 +170,7 @@ def _contender_cells(c: Json) -> list[str]:
     ends = [
         percent(c["roofline_fraction"]),
         number(c["ratio_to_moegen"]),
-        _error(c["relative_l2"]),
+        scientific(c["relative_l2"]),
         NOTHING if c["calls"] is None else f"{c['calls']:,}",
     ]
     return [c["name"], c["status"], *times, *rates, *ends]
@@ -230,15 +214,6 @@ def _dense(points: Sequence[Json]) -> Table | None:
 def _range(samples: Iterable[float]) -> str:
     values = list(samples)
     return f"{number(min(values), 1e-9)} to {number(max(values), 1e-9)}" if values else NOTHING
-
-
-def _changes(change: Json) -> str:
-    pairs = change["changes"].items()
-    return ", ".join(f"{name} {' to '.join(map(str, ends))}" for name, ends in pairs)
-
-
-def _error(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1e}"
 
 
 def _by_tokens(run: Run) -> list[Json]:

@@ -11,8 +11,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from ..arrays import HostArray, to_float32
-from ..config import MoEConfig
+from ...arrays import HostArray, to_float32
+from ...config import MoEConfig
 from .family import Family, Settings
 
 NAME = "onnxruntime"

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import HostArray
-from ..runtime import load
-from . import DENSE, OURS
+from ...arrays import HostArray
+from ...runtime import load
 from .family import Family, Settings
+from .roster import DENSE, OURS
 
 
 class MoegenLayer(Family):

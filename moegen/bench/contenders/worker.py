@@ -1,6 +1,6 @@
 """The process that a family of contenders lives in: it answers requests, one JSON line each, until its input ends.
 
-    python -m moegen.contenders.worker MODULE SETTINGS-AS-JSON REQUESTS-FD REPLIES-FD
+    python -m moegen.bench.contenders.worker MODULE SETTINGS-AS-JSON REQUESTS-FD REPLIES-FD
 
 Requests and replies have pipes of their own, so that a library that prints does no harm.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import HostArray, empty_aligned, to_float32
+from ...arrays import HostArray, empty_aligned, to_float32
 from ..workload import read_batches
 from .family import Family, Settings, poison
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..arrays import HostArray, empty_aligned, to_float32
-from .family import Call, Family, Settings, copied
+from ...arrays import HostArray, empty_aligned, to_float32
+from .family import GATES, Call, Family, Settings, copied
 
 Experts = Callable[[Any, Any, Any], Any]
 
@@ -105,7 +105,7 @@ class TorchBase(Family):
         if c.activation == "swiglu_clamped":
             gate, up = gate.clamp(max=c.swiglu_limit), up.clamp(-c.swiglu_limit, c.swiglu_limit)
             return gate * torch.sigmoid(gate * c.swiglu_alpha) * (up + 1)
-        return _ACTIVATIONS[_GATES[c.activation]](gate) * up
+        return _ACTIVATIONS[GATES[c.activation]](gate) * up
 
     def shared_expert(self, x: Any) -> Any:
         up = F.linear(x, self.shared["shared.up.weight"])
@@ -129,7 +129,6 @@ class TorchBase(Family):
         return self.fused("bias"), self.wrap(copied(self.given["experts.down.bias"]))
 
 
-_GATES = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),

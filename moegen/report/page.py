@@ -1,11 +1,4 @@
-"""A page with pictures and tables of what was measured.
-
-    from moegen import report
-    page = report.write([pathlib.Path("olmoe.json"), pathlib.Path("tuning.jsonl")], pathlib.Path("report"))
-
-takes any number of results of `moegen bench` and records of `moegen tune` and writes `report/index.html`, which needs no other
-file, and the pictures beside it. Needs the `[report]` extra. The same files give the same page.
-"""
+"""The page: what was measured, its pictures and every number, in one HTML file."""
 
 from __future__ import annotations
 
@@ -15,13 +8,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..display import size
+from ..errors import ReportError, without_pictures
+from ..paths import package_folder
+from ..version import __version__
 from . import pictures, tables
-from .display import size
-from .errors import ReportError, without_pictures
-from .paths import package_folder
 from .pictures import Picture
 from .readings import Bench, Readings, read
-from .version import __version__
 
 try:
     import jinja2
@@ -32,18 +25,7 @@ PAGE = "index.html"
 
 
 def write(paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes the page and its pictures.
-
-    Args:
-        paths: results of `moegen bench` and records of `moegen tune`; which is which is told from the content.
-        folder: where to; made when it is not there.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        ReportError: a file is missing or malformed, or the folder cannot be written to.
-    """
+    """See `moegen.report.write`."""
     readings = read(paths)
     drawn = list(pictures.draw(readings))
     page = _page(readings, drawn)

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ..config import MoEConfig
 from . import workload
 from .ceilings import Ceilings, Probe
-from .config import MoEConfig
-from .contenders import DENSE, OURS
+from .contenders.roster import DENSE, OURS
 from .contenders.team import Team
+from .request import Effort
 
 RELATIVE_L2 = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
 _KEPT_SAMPLES = 200
@@ -27,25 +28,6 @@ _PARTS_CALLS = 3
 
 # Says what is being measured, and how many turns were done since the last time.
 Report = Callable[[str, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """How long to measure.
-
-    Args:
-        rounds: turns of each contender.
-        min_ms: milliseconds of calls in a turn, at least one call.
-        most_seconds: a contender that has called for so long gets no more turns.
-        most_call_seconds: a contender that took longer for one call is left out at larger points.
-        patience_seconds: a contender that does not answer for so long counts as hung.
-    """
-
-    rounds: int = 10
-    min_ms: float = 20.0
-    most_seconds: float = 10.0
-    most_call_seconds: float = 5.0
-    patience_seconds: float = 300.0
 
 
 @dataclasses.dataclass
@@ -84,7 +66,7 @@ def measure_point(
         too_slow: contenders to leave out, with the reason.
 
     Returns:
-        A point of the results, as `moegen.results` describes it.
+        A point of the results, as `moegen.bench.results` describes it.
     """
     config = workload.read_layer(folder)
     report("drawing tokens and computing the reference", 0)
@@ -124,6 +106,7 @@ def _rounds(
     team: Team, probe: Probe, field: list[Entrant], kind: str, effort: Effort, report: Report
 ) -> tuple[Ceilings, dict[str, float]]:
     """Fills the entrants' samples; returns the ceilings met on the way and the median parts of our layer."""
+    probe.flops_per_s(kind), probe.read_bytes_per_s()  # not kept: the threads of the reference's products may still spin
     flops, reads = [probe.flops_per_s(kind)], [probe.read_bytes_per_s()]
     parts: list[dict[str, float]] = []
     for number in range(effort.rounds):

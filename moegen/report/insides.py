@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..bench.contenders.roster import OURS
+from ..display import duration, time_unit
 from . import drawing
-from .drawing import INK, MUTED, OURS, OURS_COLOUR, Axes, Figure
+from .drawing import INK, MUTED, OURS_COLOUR, Axes, Figure
 from .readings import Run, Tuning, correct
 
 Json = Mapping[str, Any]
@@ -23,7 +25,7 @@ _PARTS = {
     "finish": "#aa4499",
 }
 _OTHER_PARTS = ("#999933", "#0072b2", "#7a7a7a")
-_REST, _REST_COLOUR = "outside the library", "#dcdcdc"
+_REST, _REST_COLOUR = "in no part", "#dcdcdc"
 _BAR = "#5b84b1"
 
 
@@ -53,7 +55,7 @@ def _part_names(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _bar(axes: Axes, place: int, point: Json, names: Mapping[str, str], small: float) -> None:
-    """One bar, the first part on top. What is missing from the call's median time was spent outside the library."""
+    """One bar, the first part on top, under the median time of a call; what the parts lack of it is in none of them."""
     median = next((c["seconds"]["median"] for c in correct(point) if c["name"] == OURS), 0.0)
     inside = sum(point["parts"].values())
     total = max(median, inside)
@@ -66,7 +68,8 @@ def _bar(axes: Axes, place: int, point: Json, names: Mapping[str, str], small: f
         if share >= 6:
             ink = drawing.ink_on(colour)
             axes.text(place, height + share / 2, f"{share:.0f}", ha="center", va="center_baseline", fontsize=small, color=ink)
-    drawing.remark(axes, drawing.duration(total).replace(" ", "\n"), (place, 100), (0, 3), ha="center", fontsize=small, color=MUTED)
+    said = duration(median or inside).replace(" ", "\n")
+    drawing.remark(axes, said, (place, 100), (0, 3), ha="center", fontsize=small, color=MUTED)
 
 
 # ---------------------------------------------------------------- tokens per expert
@@ -106,7 +109,7 @@ def _load_panel(axes: Axes, point: Json, top: int) -> None:
     drawing.remark(axes, said, (1, 1), (-2, -2), within="axes fraction", ha="right", va="top", fontsize=8.5, boxed=True)
     drawing.remark(axes, f"mean {mean:.3g}", (len(counts) - 0.5, mean), (0, 4), ha="right", fontsize=8.5)
     axes.set(xlim=(-0.8, len(counts) - 0.2), ylim=(0, max(top, 1) * 1.3), xticks=[])
-    axes.set(xlabel=f"experts, busiest first (T={point['tokens']})", ylabel="tokens")
+    axes.set(xlabel=f"experts, busiest first (T={point['tokens']})", ylabel="tokens, all batches")
     axes.grid(False, axis="x")
 
 
@@ -124,7 +127,7 @@ def tuning(tunings: Sequence[Tuning]) -> Figure:
 def _tuning_panel(axes: Axes, trials: Sequence[Json]) -> None:
     good = [(t["trial"], t["seconds"]) for t in trials if t["status"] == "correct" and t["seconds"]]
     default, last = trials[0]["default_seconds"], trials[-1]["trial"]
-    factor, unit = drawing.time_unit(default)
+    factor, unit = time_unit(default)
     default *= factor
     best = _best_so_far(axes, [(trial, seconds * factor) for trial, seconds in good], last) if good else default
     axes.axhline(default, color=INK, linestyle=(0, (5, 3)), linewidth=1.3, zorder=2.5)

@@ -1,7 +1,7 @@
-"""The contenders of a benchmark: moegen and what people would use instead, by family.
+"""Who competes: moegen and what people would use instead, by family.
 
 A family is one library with one copy of the weights, in a worker process of its own. Its module has a function
-`open_family(folder, settings)` that returns a `moegen.contenders.family.Family`; no other process imports the library.
+`open_family(settings)` that returns a `moegen.bench.contenders.family.Family`; no other process imports the library.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
-from ..config import MoEConfig
-from ..errors import ConfigError
+from ...config import MoEConfig
+from ...errors import ConfigError
 
 OURS = "moegen"
 DENSE = "moegen-dense"  # every token through every expert, by the same compiled experts
@@ -44,9 +44,9 @@ class FamilyInfo:
 
 
 FAMILIES: dict[str, FamilyInfo] = {
-    OURS: FamilyInfo("moegen.contenders.moegen_layer", {OURS: "the compiled layer"}),
+    OURS: FamilyInfo("moegen.bench.contenders.moegen_layer", {OURS: "the compiled layer"}),
     "numpy": FamilyInfo(
-        "moegen.contenders.numpy_layer",
+        "moegen.bench.contenders.numpy_layer",
         {
             "numpy-naive": "a token at a time, an expert at a time",
             "numpy-grouped": "tokens sorted by expert, one product per expert and projection",
@@ -54,7 +54,7 @@ FAMILIES: dict[str, FamilyInfo] = {
         copies={"bfloat16": 2.0, "float16": 2.0},  # widened to float32
     ),
     "torch": FamilyInfo(
-        "moegen.contenders.torch_layer",
+        "moegen.bench.contenders.torch_layer",
         {
             "torch-loop": "a loop over the experts, each on the tokens that chose it",
             "torch-grouped": "tokens sorted by expert, torch.nn.functional.grouped_mm",
@@ -63,12 +63,12 @@ FAMILIES: dict[str, FamilyInfo] = {
         needs=("torch",),
     ),
     "onednn": FamilyInfo(
-        "moegen.contenders.onednn_layer",
+        "moegen.bench.contenders.onednn_layer",
         {"torch-onednn": "tokens sorted by expert, torch's oneDNN products with weights packed in advance"},
         needs=("torch",),
     ),
     "onnxruntime": FamilyInfo(
-        "moegen.contenders.onnx_layer",
+        "moegen.bench.contenders.onnx_layer",
         {"onnxruntime": "the com.microsoft MoE operator, the router before it"},
         needs=("onnxruntime", "onnx"),
         copies={"bfloat16": 0.0, "float16": 0.0},

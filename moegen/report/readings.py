@@ -13,10 +13,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .errors import ReportError
+from ..bench.results import KIND, SCHEMA_VERSION
+from ..errors import ReportError
 
-KIND = "moegen-bench"
-SCHEMA_VERSION = 1
 STATUSES = ("correct", "wrong", "failed")
 NUMBER = (int, float)
 

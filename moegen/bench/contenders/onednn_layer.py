@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..arrays import HostArray
+from ...arrays import HostArray
 from .family import Family, Settings
 from .torch_layer import TorchBase
 

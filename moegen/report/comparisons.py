@@ -10,8 +10,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..bench.contenders.roster import OURS
 from . import drawing
-from .drawing import INK, MUTED, OURS, Axes, Figure, Style
+from .drawing import INK, MUTED, Axes, Figure, Style
 from .readings import Run, correct
 
 Json = Mapping[str, Any]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from . import FAMILIES
 from .family import Settings
 from .process import Process, WorkerLost
+from .roster import FAMILIES
 
 
 @dataclasses.dataclass

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import reference
-from .arrays import HostArray, to_float32, to_storage
-from .config import MoEConfig, weight_shapes
-from .errors import ConfigError
+from .. import reference
+from ..arrays import HostArray, to_float32, to_storage
+from ..config import MoEConfig, weight_shapes
+from ..errors import ConfigError
 
 ROUTINGS = ("uniform", "zipf")
 _LAYER = "layer.json"

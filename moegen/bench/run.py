@@ -1,13 +1,12 @@
 """Benchmarks: layers, moegen beside what people would use instead, under ceilings measured in the same run.
 
 Each run makes one workload (weights and batches in files), starts one worker process for each family of contenders, and
-measures point after point. Results are plain JSON values, see `moegen.results`.
+measures point after point. Results are plain JSON values, see `moegen.bench.results`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -16,67 +15,24 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import artifact as artifacts
+from .. import artifact as artifacts
+from ..artifact import Artifact
+from ..config import MoEConfig
+from ..display import size
+from ..errors import MeasureError
+from ..presets import Fitted, fitted, weight_bytes
+from ..target import usable_processors
 from . import results, workload
-from .artifact import Artifact
 from .ceilings import Probe
-from .config import MoEConfig
-from .contenders import FAMILIES, OURS, chosen_families, weight_copies
 from .contenders.family import Settings
+from .contenders.roster import OURS, chosen_families, weight_copies
 from .contenders.team import Team
-from .display import size
-from .errors import MeasureError
-from .machine import available_bytes, usable_processors
-from .measure import Effort, Report, measure_point
-from .presets import Fitted, fitted, preset, weight_bytes
+from .machine import available_bytes
+from .measure import Report, measure_point
+from .request import Request, Subject, check
 
-TOKENS = (1, 4, 16, 64, 256, 1024)
 _MEMORY_FRACTION = 0.8
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A layer to measure.
-
-    Args:
-        label: what tables call it.
-        config: the layer.
-        preset: the preset's name, whose sizes may be reduced to fit into memory; None for a layer of the user's own.
-        artifact: the compiled layer; None to build it, or find it built.
-    """
-
-    label: str
-    config: MoEConfig
-    preset: str | None = None
-    artifact: Artifact | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to measure and how.
-
-    Args:
-        tokens: numbers of tokens T, a point each.
-        threads: numbers of threads, a run each; empty for all processors.
-        routings: `uniform`, `zipf`, a run each.
-        against: `all`, `none`, or names of families or contenders with commas between.
-        dense: measure all experts for every token beside.
-        seed: of weights and tokens.
-        effort: how long.
-        memory_bytes: memory that weights may take; None for most of what is available.
-        store: where compiled layers are; None for the user's store.
-    """
-
-    tokens: tuple[int, ...] = TOKENS
-    threads: tuple[int, ...] = ()
-    routings: tuple[str, ...] = ("uniform",)
-    against: str = "all"
-    dense: bool = False
-    seed: int = 0
-    effort: Effort = dataclasses.field(default_factory=Effort)
-    memory_bytes: int | None = None
-    store: str | os.PathLike[str] | None = None
 
 
 class Watch:
@@ -90,15 +46,6 @@ class Watch:
 
     def point(self, run: dict[str, Any], document: dict[str, Any]) -> None:
         """The last point of `run` was measured."""
-
-
-def preset_subject(name: str, **changes: Any) -> Subject:
-    """A preset, with some of its fields changed.
-
-    Raises:
-        ConfigError: there is no such preset, or a change makes it illegal.
-    """
-    return Subject(name, dataclasses.replace(preset(name), **changes), preset=name)
 
 
 def bench(
@@ -125,29 +72,6 @@ def bench(
             for threads in asked.threads or (usable_processors(),):
                 _run(subject, asked, routing, threads, found, seen)
     return found
-
-
-def rounds_in(subjects: Sequence[Subject], asked: Request) -> int:
-    """Rounds that a benchmark has, for progress bars."""
-    return len(subjects) * len(asked.routings) * len(asked.threads or (0,)) * len(asked.tokens) * asked.effort.rounds
-
-
-def check(asked: Request) -> None:
-    """Refuses what cannot be measured.
-
-    Raises:
-        MeasureError: a number is out of range, or there are more threads than processors.
-        ConfigError: an unknown contender or routing.
-    """
-    chosen_families(asked.against)
-    for name, values, least in (("tokens", asked.tokens, 1), ("threads", asked.threads, 1), ("rounds", (asked.effort.rounds,), 1)):
-        if too_few := [value for value in values if value < least]:
-            raise MeasureError(f"{name}={too_few[0]} must be at least {least}")
-    processors = usable_processors()
-    if too_many := [count for count in asked.threads if count > processors]:
-        raise MeasureError(f"threads={too_many[0]} is more than the {processors} processors that may be used: ask for fewer")
-    if unknown := [routing for routing in asked.routings if routing not in workload.ROUTINGS]:
-        raise MeasureError(f"routing={unknown[0]!r} must be one of {', '.join(workload.ROUTINGS)}")
 
 
 # ---------------------------------------------------------------- one run
@@ -238,7 +162,7 @@ def _built(subject: Subject, config: MoEConfig, store: str | os.PathLike[str] | 
     """The compiled layer, and how long building took; None when it was there."""
     if subject.artifact is not None:
         return subject.artifact, None
-    from .builder import build  # here, because measuring an artifact needs no compiler
+    from ..builder import build  # here, because measuring an artifact needs no compiler
 
     before = {a.path: a.manifest["manifest_sha256"] for a in artifacts.list_artifacts(store) if isinstance(a, Artifact)}
     start = time.perf_counter()
@@ -288,6 +212,3 @@ def _folder(needed_bytes: int) -> Iterator[pathlib.Path]:
     roomy = roomy and shutil.disk_usage(_SHARED_MEMORY).free > 2 * needed_bytes + (1 << 30)
     with tempfile.TemporaryDirectory(prefix="moegen-bench-", dir=_SHARED_MEMORY if roomy else None) as name:
         yield pathlib.Path(name)
-
-
-__all__ = ["FAMILIES", "Effort", "Request", "Subject", "Watch", "bench", "preset_subject"]

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import HostArray, empty_aligned
-from ..config import MoEConfig
+from ...arrays import HostArray, empty_aligned
+from ...config import MoEConfig
 from ..workload import read_layer, read_weights
+
+# Gated activation -> the function of its gate.
+GATES = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 
 # Writes the layer's output for x [T, H] into out [T, H], both as the family's `wrap` made them.
 Call = Callable[[Any, Any], None]

@@ -13,14 +13,14 @@ import statistics
 import subprocess
 import tempfile
 
-from .errors import BuildError
+from ..errors import BuildError
+from ..paths import package_folder
+from ..toolchain import cxx
 from .machine import this_machine
-from .paths import package_folder
-from .toolchain import cxx
 
 FMA = "fma"
 BF16_DOT = "vdpbf16ps"
-_PROBE_SECONDS = 0.004
+_PROBE_SECONDS = 0.005
 _LEAST_ROUNDS = 10_000
 _LEAST_READ_BYTES = 128 << 20
 _MOST_READ_BYTES = 1 << 30
@@ -67,7 +67,7 @@ class Probe:
     def __init__(self, threads: int, read_bytes: int | None = None) -> None:
         self.threads = threads
         self._library = _compiled()
-        step = threads * 512
+        step = threads * 1024
         wanted = read_bytes or min(max(4 * this_machine().l3_bytes, _LEAST_READ_BYTES), _MOST_READ_BYTES)
         self._bytes = -(-wanted // step) * step
         self._memory = self._library.probe_allocate(self._bytes)
@@ -93,12 +93,10 @@ class Probe:
             BF16_DOT: (self._library.probe_bf16_seconds, self._library.probe_bf16_flops()),
         }[kind]
         rounds = self._rounds.get(kind, _LEAST_ROUNDS)
-        while kind not in self._rounds:  # until it lasts long enough to hide the start of the threads, even on a cold machine
-            if seconds_of(self.threads, rounds) >= _PROBE_SECONDS and seconds_of(self.threads, rounds) >= _PROBE_SECONDS:
-                self._rounds[kind] = rounds
-            else:
-                rounds *= 2
-        return float(self.threads * rounds * per_round / seconds_of(self.threads, rounds))
+        while (seconds := seconds_of(self.threads, rounds)) < _PROBE_SECONDS:  # too short to hide how threads start and end
+            rounds *= 2
+        self._rounds[kind] = rounds
+        return float(self.threads * rounds * per_round / seconds)
 
     def read_bytes_per_s(self) -> float:
         """One sample of the memory limit: every byte of the buffer once."""

@@ -13,10 +13,11 @@ import sys
 import time
 from typing import Any
 
-from ..paths import PACKAGE
-from . import FAMILIES
+from ...paths import PACKAGE
 from .family import Settings
+from .roster import FAMILIES
 
+_WORKER = "moegen.bench.contenders.worker"
 _LEAST_START_SECONDS = 120.0  # importing a library on a busy machine
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -43,7 +44,7 @@ class Process:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         told = json.dumps({"folder": str(settings.folder), "threads": settings.threads, "artifact": settings.artifact})
-        command = [sys.executable, "-m", "moegen.contenders.worker", FAMILIES[family].module, told, str(requests), str(replies)]
+        command = [sys.executable, "-m", _WORKER, FAMILIES[family].module, told, str(requests), str(replies)]
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
