@@ -19,6 +19,7 @@ from .artifact import Artifact
 from .config import MoEConfig
 from .display import one_line
 from .errors import ArtifactError, ConfigError, TargetError
+from .target import ARCHS
 
 TARGETS = ("llvm", "cuda")
 
@@ -109,6 +110,7 @@ def layer_options(command: Callable[..., Any]) -> Callable[..., Any]:
     target = [
         click.option("--target", type=click.Choice(TARGETS), default="llvm", show_default=True, help="What to compile for."),
         click.option("--mcpu", help="Processor as LLVM names it; `--mcpu help` lists them. [default: this machine's]"),
+        click.option("--arch", type=click.Choice(ARCHS), help="Architecture of the processor. [default: this machine's]"),
     ]
     return field_options()(_decorated(target)(command))
 
