@@ -281,8 +281,9 @@ def test_sick_tokens_stay_alone_at_every_height(poison: Any, module: moegen.Modu
             got = layer.experts(stored(dirty, config.dtype), ids, factors)
             healthy = np.arange(count + 1) != sick
             np.testing.assert_array_equal(bits(got)[healthy], bits(clean)[healthy], f"{count} rows, token {sick} is sick")
-            if np.isnan(value):
-                assert np.isnan(values(got)[sick]).all()
+            alone = layer.experts(stored(dirty[sick : sick + 1], config.dtype), ids[sick : sick + 1], factors[:1])
+            np.testing.assert_array_equal(values(got)[sick], values(alone)[0], "nor do rows of padding add to it")
+            assert not np.isnan(value) or np.isnan(values(got)[sick]).all()
 
 
 def test_a_sick_token_in_the_whole_layer(store: pathlib.Path, rng: np.random.Generator) -> None:
