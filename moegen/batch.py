@@ -37,6 +37,7 @@ def build_many(
     out: str | os.PathLike[str] | None = None,
     *,
     mcpu: str | None = None,
+    arch: str | None = None,
     verify: bool = True,
     force: bool = False,
     jobs: int | None = None,
@@ -47,7 +48,7 @@ def build_many(
         jobs: processes at a time; None for one per processor, at most one per configuration.
     """
     workers = min(jobs or os.cpu_count() or 1, len(configs))
-    options = {"target": target, "out": out, "mcpu": mcpu, "verify": verify, "force": force}
+    options = {"target": target, "out": out, "mcpu": mcpu, "arch": arch, "verify": verify, "force": force}
     if workers <= 1:
         for config in configs:
             yield _attempt(config, options)

@@ -29,7 +29,8 @@ from .errors import ArtifactError, BuildError, MoegenError, VerificationError
 from .paths import package_folder
 from .plan import Plan, plan, versions
 from .schedules import llvm
-from .toolchain import cxx
+from .target import host_arch
+from .toolchain import cxx_for
 
 HOST_FILES = ("pool.h", "stage.h", "pack.h", "exports.map")
 INT32_MAX = 2**31 - 1
@@ -41,6 +42,7 @@ def build(
     out: str | os.PathLike[str] | None = None,
     *,
     mcpu: str | None = None,
+    arch: str | None = None,
     verify: bool = True,
     force: bool = False,
 ) -> Artifact:
@@ -51,6 +53,7 @@ def build(
         target: `llvm`.
         out: the store folder; None for the user's.
         mcpu: processor name as LLVM knows it; None for this machine's.
+        arch: `x86_64` or `aarch64`; None for this machine's. Another one needs a C++ compiler for it ($CXX).
         verify: prove the module against the float64 reference; skipped (and recorded as skipped) for other processors' code.
         force: build even when it is there.
 
@@ -61,7 +64,7 @@ def build(
         BuildError, TargetError, ScheduleError, VerificationError: nothing was left behind.
         ArtifactError: the store cannot be written.
     """
-    todo = config if isinstance(config, Plan) else plan(config, target, mcpu)
+    todo = config if isinstance(config, Plan) else plan(config, target, mcpu, arch=arch)
     store = pathlib.Path(out) if out is not None else artifacts.default_store()
     final = store / todo.name
     if not force and (existing := _already_built(final, todo)) is not None:
@@ -103,7 +106,7 @@ def _fill(folder: pathlib.Path, todo: Plan, verify: bool) -> None:
         output = host.communicate()[0]
     if host.returncode:
         raise BuildError(f"compiling the generated host failed: {_last_line(output)}")
-    _link(work, folder / artifacts.LIBRARY)
+    _link(work, folder / artifacts.LIBRARY, todo.target.arch)
     shutil.rmtree(work)
     manifest = _manifest(todo, list(functions))
     artifacts.seal(folder, manifest)
@@ -142,14 +145,24 @@ def _start_host(todo: Plan, functions: list[str], work: pathlib.Path) -> subproc
         shutil.copy(package_folder("templates") / "llvm" / name, work / name)
     (work / "host.cc").write_text(emission.host_source(todo.geometry, functions, todo.regimes), encoding="utf-8")
     includes = [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
-    command = [*cxx(), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", "host.cc", "-o", "host.o", *includes]
+    command = [*cxx_for(todo.target.arch), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", "host.cc", "-o", "host.o"]
+    command += includes
     return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def _link(work: pathlib.Path, library: pathlib.Path) -> None:
-    ffi = pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent
-    command = [*cxx(), "-shared", "host.o", "stages.o", "-o", str(library.resolve()), "-Wl,--version-script=exports.map", "-Wl,-s"]
-    command += ["-Wl,--no-undefined", f"-L{ffi}", "-ltvm_ffi", "-static-libstdc++", "-static-libgcc", "-lpthread", "-lm"]
+def _link(work: pathlib.Path, library: pathlib.Path, arch: str) -> None:
+    command = [*cxx_for(arch), "-shared", "host.o", "stages.o", "-o", str(library.resolve())]
+    command += ["-Wl,--version-script=exports.map", "-Wl,-s"]
+    if arch == host_arch():
+        command += ["-Wl,--no-undefined", f"-L{pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}"]
+    else:  # tvm-ffi's own library for the other architecture is not here: one of its name and without symbols
+        empty = ["-shared", "-nostdlib", "-Wl,-soname,libtvm_ffi.so", "-x", "c++", "/dev/null", "-o", "libtvm_ffi.so"]
+        _run([*cxx_for(arch), *empty], work)
+        command += ["-Wl,--no-as-needed", "-L."]
+    _run([*command, "-ltvm_ffi", "-static-libstdc++", "-static-libgcc", "-lpthread", "-lm"], work)
+
+
+def _run(command: list[str], work: pathlib.Path) -> None:
     done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise BuildError(f"linking the library failed: {_last_line(done.stdout)}")

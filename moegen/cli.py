@@ -111,10 +111,10 @@ def main() -> None:
 # ---------------------------------------------------------------- the layer's options
 
 
-def _processors() -> list[str]:
+def _processors(arch: str | None) -> list[str]:
     from . import compiler
 
-    return compiler.processors()
+    return compiler.processors(arch)
 
 
 # ---------------------------------------------------------------- build
@@ -138,6 +138,7 @@ def build(
     preset: str | None,
     target: str,
     mcpu: str | None,
+    arch: str | None,
     source: str | None,
     out: str | None,
     jobs: int | None,
@@ -157,7 +158,7 @@ def build(
       moegen build --from te_source.py
     """
     if mcpu == "help":
-        click.echo("\n".join(_processors()))
+        click.echo("\n".join(_processors(arch)))
         return
     check_target(target)
     given = take_given(options)
@@ -172,11 +173,11 @@ def build(
         )
     from . import batch, plan
 
-    todo: Sequence[MoEConfig | Plan] = [plan.plan_from_source(source, target, mcpu)] if source else legal
+    todo: Sequence[MoEConfig | Plan] = [plan.plan_from_source(source, target, mcpu, arch)] if source else legal
     for combination in illegal:
         click.echo(f"skipped {skipped_line(combination)}", err=True)
     before = _present(out)
-    settings: dict[str, Any] = {"mcpu": mcpu, "verify": not no_verify, "force": force, "jobs": jobs}
+    settings: dict[str, Any] = {"mcpu": mcpu, "arch": arch, "verify": not no_verify, "force": force, "jobs": jobs}
     done = []
     with contextlib.closing(_outcomes(batch.build_many(todo, target, out, **settings), len(todo))) as outcomes:
         for outcome in outcomes:
@@ -244,29 +245,44 @@ def _print_result(result: Mapping[str, Any], several: bool) -> None:
 @main.command()
 @layer_options
 @click.option("--host", is_flag=True, help="The generated C++ host instead of the TE module.")
+@click.option("--asm", metavar="STAGE", help="The machine code of one function of the TE module, such as expert_up_4, as assembly.")
 @click.option("-o", "--output", type=click.Path(), help="Write to this file.")
 def emit(
-    model: str | None, preset: str | None, target: str, mcpu: str | None, host: bool, output: str | None, **options: Any
+    model: str | None,
+    preset: str | None,
+    target: str,
+    mcpu: str | None,
+    arch: str | None,
+    host: bool,
+    asm: str | None,
+    output: str | None,
+    **options: Any,
 ) -> None:
     """Print the tensor-expression module that a layer is compiled from.
 
     \b
-    Example:
+    Examples:
       moegen emit --experts 8 --top-k 2 --hidden 512 -o te_source.py
+      moegen emit --experts 8 --top-k 2 --hidden 512 --asm expert_up_4
     """
     if mcpu == "help":
-        click.echo("\n".join(_processors()))
+        click.echo("\n".join(_processors(arch)))
         return
     check_target(target)
+    if host and asm is not None:
+        raise click.UsageError("--host and --asm exclude each other.")
     wanted = wanted_layers(take_given(options), model, preset)
     if len(wanted) > 1:
         raise click.UsageError("emit prints one layer: give one value for each option.")
     if wanted[0].config is None:
         _fail(wanted[0].reason)
-    from . import plan
+    from . import compiler, plan
 
-    todo = plan.plan(wanted[0].config, target, mcpu)
-    text = host_source(todo) if host else todo.te_source
+    todo = plan.plan(wanted[0].config, target, mcpu, arch=arch)
+    if asm is not None:
+        text = compiler.assembly(todo.te_source, [asm], todo.geometry, todo.target, todo.knobs)
+    else:
+        text = host_source(todo) if host else todo.te_source
     if output:
         pathlib.Path(output).write_text(text, encoding="utf-8")
     else:

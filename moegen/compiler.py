@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from .errors import BuildError, ScheduleError, TargetError, without_compiler
 from .geometry import Geometry
 from .schedules import llvm
-from .target import KINDS, X86_FEATURES, Target, host_arch, host_cpu_flags, vectors_of
+from .target import ARCHS, KINDS, X86_FEATURES, Target, host_arch, host_cpu_flags, triple_of, vectors_of
 
 try:
     import tvm
@@ -29,30 +31,46 @@ except ModuleNotFoundError as error:
     raise without_compiler(error) from None
 
 
-def processors() -> list[str]:
-    """Names of the processors that LLVM can compile for on this architecture."""
-    return sorted(str(name) for name in codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm"})))
+def processors(arch: str | None = None) -> list[str]:
+    """Names of the processors that LLVM can compile for on architecture `arch`, or on this machine's."""
+    return sorted(str(name) for name in codegen.llvm_get_cpu_archlist(_llvm(_checked_arch(arch))))
 
 
-def resolve_target(kind: str = "llvm", mcpu: str | None = None) -> Target:
-    """The target for LLVM processor `mcpu`, or for this machine.
+def resolve_target(kind: str = "llvm", mcpu: str | None = None, arch: str | None = None) -> Target:
+    """The target for LLVM processor `mcpu` of architecture `arch`, or for this machine.
 
     Raises:
-        TargetError: the kind or the processor is unknown.
+        TargetError: the kind, the architecture or the processor is unknown.
     """
     if kind not in KINDS:
         raise TargetError(f"target={kind!r} must be one of {', '.join(KINDS)}")
-    host, arch = str(codegen.llvm_get_system_cpu()), host_arch()
+    arch = _checked_arch(arch)
+    host = str(codegen.llvm_get_system_cpu()) if arch == host_arch() else "x86-64" if arch == "x86_64" else "generic"
     name = mcpu or host
-    if not codegen.llvm_is_valid_cpu(name, str(codegen.llvm_get_system_triple())):
-        raise TargetError(f"mcpu={name!r} is not a processor that LLVM knows for {arch}; `moegen build --mcpu help` lists them")
-    known = {str(f) for f in codegen.llvm_get_cpu_features(tvm.target.Target({"kind": "llvm", "mcpu": name}))}
+    if not codegen.llvm_is_valid_cpu(name, str(codegen.llvm_get_system_triple()) if arch == host_arch() else triple_of(arch)):
+        listing = "`moegen build --mcpu help`" if arch == host_arch() else f"`moegen build --arch {arch} --mcpu help`"
+        raise TargetError(f"mcpu={name!r} is not a processor that LLVM knows for {arch}; {listing} lists them")
+    known = {str(f) for f in codegen.llvm_get_cpu_features(_llvm(arch, mcpu=name))}
     implied = [f for f in X86_FEATURES if f in known] if arch == "x86_64" else []
     flags = host_cpu_flags()
-    disabled = tuple(f for f in implied if X86_FEATURES[f] not in flags) if name == host else ()
+    own = name == host and arch == host_arch()
+    disabled = tuple(f for f in implied if X86_FEATURES[f] not in flags) if own else ()
     features = tuple(f for f in implied if f not in disabled)
     lanes, registers = vectors_of(arch, features)
     return Target(kind, name, arch, features, disabled, lanes, registers)
+
+
+def _checked_arch(arch: str | None) -> str:
+    known = dict.fromkeys([host_arch(), *ARCHS])
+    if arch is not None and arch not in known:
+        raise TargetError(f"arch={arch!r} must be one of {', '.join(known)}")
+    return arch or host_arch()
+
+
+def _llvm(arch: str, **options: Any) -> Any:
+    """TVM's target; LLVM's own triple where it compiles for this machine's architecture."""
+    triple = {} if arch == host_arch() else {"mtriple": triple_of(arch)}
+    return tvm.target.Target({"kind": "llvm", **triple, **options})
 
 
 def load_module(source: str, path: pathlib.Path) -> ModuleType:
@@ -116,10 +134,7 @@ def compile_object(module: Any, target: Target, path: pathlib.Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    options: dict[str, Any] = {"kind": "llvm", "mcpu": target.mcpu}
-    if target.disabled:
-        options["mattr"] = [f"-{feature}" for feature in target.disabled]
-    executable = tvm.compile(module, target=tvm.target.Target(options))
+    executable = _compiled(module, target)
     # LLVM ends the process when its file cannot be written, so it writes to memory and the disk is ours to fail on.
     memory = os.memfd_create("stages.o")
     try:
@@ -128,3 +143,43 @@ def compile_object(module: Any, target: Target, path: pathlib.Path) -> None:
             path.write_bytes(written.read())
     finally:
         os.close(memory)
+
+
+def assembly(te_source: str, names: Collection[str], geometry: Geometry, target: Target, knobs: Mapping[str, Any]) -> str:
+    """Machine assembly of the functions `names` of an emitted module, without the lines that are for debuggers.
+
+    Raises:
+        BuildError: the module fails, or has no such function.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stages = dict(load_module(te_source, pathlib.Path(folder) / "te_source.py").stages())
+    if missing := [name for name in names if name not in stages]:
+        raise BuildError(f"there is no stage {missing[0]!r}; this layer has {_enumerated(stages)}")
+    functions = prim_funcs((name, stages[name]) for name in names)
+    executable = _compiled(schedule(functions, geometry, target, knobs), target)
+    return _without_debugging(str(executable.mod.inspect_source("asm")))
+
+
+def _enumerated(names: Iterable[str]) -> str:
+    """The functions of a module in words, those of one stage together."""
+    stages: dict[str, list[str]] = {}
+    for name in names:
+        stages.setdefault(llvm.stage_of(name), []).append(name)
+    return ", ".join(same[0] if len(same) == 1 else f"{same[0]} to {same[-1]}" for same in stages.values())
+
+
+def _compiled(module: Any, target: Target) -> Any:
+    options: dict[str, Any] = {"mcpu": target.mcpu}
+    if target.disabled:
+        options["mattr"] = [f"-{feature}" for feature in target.disabled]
+    return tvm.compile(module, target=_llvm(target.arch, **options))
+
+
+def _without_debugging(text: str) -> str:
+    lines, wanted = [], True
+    for line in text.splitlines():
+        if section := re.match(r"\s*\.section\s+(\S+)", line):
+            wanted = not section[1].startswith(".debug")
+        if wanted and not re.match(r"\s*\.(loc|cfi_\w+|file)(\s|$)|\.L(tmp|func_begin|func_end)\d+:", line):
+            lines.append(line)
+    return "\n".join(lines) + "\n"

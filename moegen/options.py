@@ -20,6 +20,7 @@ from .artifact import Artifact
 from .config import MoEConfig
 from .display import one_line
 from .errors import ArtifactError, ConfigError, TargetError
+from .target import ARCHS
 
 TARGETS = ("llvm", "cuda")
 
@@ -112,6 +113,7 @@ def layer_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--preset", metavar="NAME", help=preset),
         click.option("--target", type=click.Choice(TARGETS), default="llvm", show_default=True, help="What to compile for."),
         click.option("--mcpu", help="Processor as LLVM names it; `--mcpu help` lists them. [default: this machine's]"),
+        click.option("--arch", type=click.Choice(ARCHS), help="Architecture of the processor. [default: this machine's]"),
     ]
     return field_options()(_decorated(more)(command))
 

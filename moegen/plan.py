@@ -61,21 +61,23 @@ class Plan:
         return f"moe-{sizes}-{c.dtype}-{c.gating}-{c.activation}-{self.target.mcpu}-{self.key[:10]}".replace("_", "-")
 
 
-def plan(config: MoEConfig, target: str = "llvm", mcpu: str | None = None, tiling: Tiling | None = None) -> Plan:
+def plan(
+    config: MoEConfig, target: str = "llvm", mcpu: str | None = None, tiling: Tiling | None = None, arch: str | None = None
+) -> Plan:
     """What building `config` would do.
 
     Raises:
-        TargetError: the target or the processor is unknown.
+        TargetError: the target, the architecture or the processor is unknown.
         ScheduleError: the tiling is illegal.
     """
-    resolved = compiler.resolve_target(target, mcpu)
+    resolved = compiler.resolve_target(target, mcpu, arch)
     chosen = tiling or llvm.tiling.default(config, resolved)
     llvm.tiling.check(config, resolved, chosen)
     geometry = Geometry(config, chosen)
     return _plan(geometry, resolved, emission.te_source(geometry, resolved))
 
 
-def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None) -> Plan:
+def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None, arch: str | None = None) -> Plan:
     """What building an edited TE module would do; configuration and tiling are read from the file.
 
     Raises:
@@ -98,7 +100,7 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
         raise BuildError(f"{file.name} is not a valid TE module: {error or type(error).__name__}") from error
     except (KeyError, TypeError) as error:
         raise BuildError(f"{file.name} is not an emitted TE module: CONFIG or TILING is missing or incomplete ({error})") from error
-    resolved = compiler.resolve_target(target, mcpu)
+    resolved = compiler.resolve_target(target, mcpu, arch)
     llvm.tiling.check(config, resolved, tiling)
     return _plan(Geometry(config, tiling), resolved, text, edited=True)
 

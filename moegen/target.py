@@ -9,6 +9,7 @@ import platform
 from typing import Any
 
 KINDS = ("llvm",)
+ARCHS = ("x86_64", "aarch64")
 
 # LLVM feature -> flag in /proc/cpuinfo, for the features that change which instructions are emitted.
 X86_FEATURES = {
@@ -59,7 +60,8 @@ class Target:
         return cls(**fields | {"features": tuple(fields["features"]), "disabled": tuple(fields["disabled"])})
 
     def __str__(self) -> str:
-        return f"{self.kind} -mcpu={self.mcpu}"
+        triple = "" if self.arch == "x86_64" else f" -mtriple={triple_of(self.arch)}"
+        return f"{self.kind}{triple} -mcpu={self.mcpu}"
 
 
 @functools.cache
@@ -91,6 +93,11 @@ def host_arch() -> str:
     """This machine's architecture, `x86_64` or `aarch64` on the usual ones."""
     machine = platform.machine()
     return {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def triple_of(arch: str) -> str:
+    """LLVM's name of a Linux machine of this architecture."""
+    return f"{arch}-linux-gnu"
 
 
 def vectors_of(arch: str, features: tuple[str, ...]) -> tuple[int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 from .errors import BuildError
+from .target import host_arch
 
 
 def cxx(why: str = "building needs a C++ compiler for the generated host") -> list[str]:
@@ -21,3 +23,17 @@ def cxx(why: str = "building needs a C++ compiler for the generated host") -> li
         if name and (path := shutil.which(name.split()[0])):
             return [path, *name.split()[1:]]
     raise BuildError(f"{why}: install g++ or clang++ (or set CXX)")
+
+
+def cxx_for(arch: str) -> list[str]:
+    """The command that compiles C++ for an architecture.
+
+    Raises:
+        BuildError: there is none; one that compiles for another machine than this one has to be named in $CXX.
+    """
+    command = cxx()
+    if arch != host_arch():
+        said = subprocess.run([*command, "-dumpmachine"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if not said.stdout.startswith(f"{arch}-"):
+            raise BuildError(f"building for {arch} needs a C++ compiler for it: set CXX, for example to {arch}-linux-gnu-g++")
+    return command

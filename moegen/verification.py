@@ -24,8 +24,10 @@ from .weights import WeightSource
 
 TOKENS = (0, 1, 2, 17, 300)
 ROUTINGS = ("uniform", "skewed", "all_to_one", "empty_experts", "ties")
-RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 5e-3, "float16": 5e-3}
-ELEMENTWISE = {"float32": 3e-5, "bfloat16": 1e-2, "float16": 2e-3}
+# bfloat16 rounds inputs of products and hidden values (as torch does): 2**-9 each, which cancelling sums of tiny layers enlarge several
+# times. What is wrong is off by tens of percent; typical errors stand in the report.
+RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 5e-3}
+ELEMENTWISE = {"float32": 3e-5, "bfloat16": 6e-2, "float16": 2e-3}
 ROUTING_TOLERANCE = 2e-5
 DISTINCT_WEIGHTS = 24_000_000
 WHOLE_BLOB_BYTES = 4 << 30

@@ -22,10 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL: dict[str, Any] = {"experts": 4, "top_k": 2, "hidden": 64, "intermediate": 96}
 TINY: dict[str, Any] = {"experts": 2, "top_k": 1, "hidden": 16, "intermediate": 16, "activation": "relu"}
 
-RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 5e-3, "float16": 5e-3}
+RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 5e-3}
 # |error| <= ulp * |expected| + 3e-5 * rms of the token: one rounding of the output on top of float32 arithmetic.
 # Of the token's rms: what summing costs, and in bfloat16 the rounding of hidden values on their way to the second product.
-OF_RMS = {"float32": 3e-5, "bfloat16": 1.5e-2, "float16": 3e-5}
+OF_RMS = {"float32": 3e-5, "bfloat16": 4e-2, "float16": 3e-5}
 HALF_ULP = {"float32": 3e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
 FLOAT16_TINY, FLOAT32_TINY = 2.0**-24, 2.0**-126
 LOGIT_ERROR = 5e-6  # relative to the largest logit (to 1 at least for scores); a choice decided by less may go either way

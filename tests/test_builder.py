@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,10 @@ import moegen
 from moegen import BuildError, ScheduleError, TargetError, VerificationError, artifact, builder, reference, toolchain
 from moegen import plan as planning
 from moegen.batch import build_many
+from moegen.config import DTYPES
 from moegen.geometry import Geometry, Tiling
 from moegen.plan import Plan, plan, plan_from_source
+from moegen.target import host_arch
 
 CONFIG = moegen.MoEConfig(**TINY)
 # Few register tiles: a build of a second or two.
@@ -278,6 +282,40 @@ def test_unknown_processors(mcpu: str) -> None:
     with pytest.raises(TargetError, match="is not a processor that LLVM knows for") as caught:
         plan(CONFIG, mcpu=mcpu)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ["", "aarch64 ", "vax"])
+def test_unknown_architectures(arch: str) -> None:
+    with pytest.raises(TargetError, match=r"must be one of (x86_64, aarch64|aarch64, x86_64)"):
+        plan(CONFIG, arch=arch)
+
+
+OTHER_ARCH = {"x86_64": "aarch64"}.get(host_arch(), "x86_64")
+
+
+def test_another_architecture_needs_its_compiler(tmp_path: pathlib.Path) -> None:
+    todo = plan(CONFIG, tiling=dataclasses.replace(SMALL_TILING, lanes=4, pair=1), arch=OTHER_ARCH)
+    assert todo.target.arch == OTHER_ARCH
+    assert todo.target.disabled == ()
+    said = f"building for {OTHER_ARCH} needs a C++ compiler for it: set CXX, for example to {OTHER_ARCH}-linux-gnu-g++"
+    with pytest.raises(BuildError, match=f"^{re.escape(said)}$"):
+        moegen.build(todo, out=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(shutil.which(f"{OTHER_ARCH}-linux-gnu-g++") is None, reason=f"no compiler for {OTHER_ARCH}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_building_for_another_architecture(dtype: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the proof, which this machine cannot run."""
+    monkeypatch.setenv("CXX", f"{OTHER_ARCH}-linux-gnu-g++")
+    made = moegen.build(dataclasses.replace(CONFIG, dtype=dtype), out=tmp_path, arch=OTHER_ARCH)
+    assert made.verification()["status"] == "skipped"
+    assert f"was compiled for {OTHER_ARCH}; this machine is {host_arch()}" in made.verification()["reason"]
+    machine = (made.path / "moe.so").read_bytes()[18:20]  # e_machine of the ELF header
+    assert int.from_bytes(machine, "little") == {"aarch64": 183, "x86_64": 62}[OTHER_ARCH]
+    assert b"libtvm_ffi.so\0" in (made.path / "moe.so").read_bytes()
+    with pytest.raises(moegen.ArtifactError, match="was compiled for"):
+        moegen.load(made.path)
 
 
 @pytest.mark.parametrize("target", ["vulkan", "", "LLVM"])

@@ -106,6 +106,15 @@ def test_every_field_has_an_option_and_help(command: str) -> None:
         (["build", *OPTIONS, "--top-k", "5"], 1, r"top_k=5 must be between 1 and 4 \(the number of experts\)"),
         (["build", *OPTIONS, "--top-k", "5,6"], 1, "none of 2 combinations is legal; top_k=5: top_k=5 must be between 1 and 4"),
         (["emit", *OPTIONS, "--n-group", "3"], 1, "n_group=3 must divide experts=4"),
+        (["emit", *OPTIONS, "--host", "--asm", "topk"], 2, "--host and --asm exclude each other"),
+        (
+            ["emit", *OPTIONS, "--asm", "top"],
+            1,
+            "there is no stage 'top'; this layer has gather, topk, .*, expert_up_1 to expert_up_",
+        ),
+        (["emit", *OPTIONS, "--asm", ""], 1, "there is no stage ''; this layer has gather, topk"),
+        (["emit", *OPTIONS, "--arch", "pdp11"], 2, "'pdp11' is not one of 'x86_64', 'aarch64'"),
+        (["emit", *OPTIONS, "--arch", "aarch64", "--mcpu", "znver5"], 1, "'znver5' is not a processor that LLVM knows for aarch64"),
         (["build", *OPTIONS, "--target", "cuda"], 1, "'cuda' is not available in this version"),
         (["build", *OPTIONS, "--mcpu", "pentium-nine"], 1, "'pentium-nine' is not a processor that LLVM knows"),
         (["build", "--model", "nowhere.json"], 1, "cannot read the configuration 'nowhere.json'"),
@@ -232,6 +241,7 @@ def test_processors_can_be_listed() -> None:
     names = run("build", "--mcpu", "help").stdout.split()
     assert len(names) > 10
     assert run("emit", "--mcpu", "help").stdout.split() == names
+    assert {"generic", "neoverse-v2"} <= set(run("emit", "--arch", "aarch64", "--mcpu", "help").stdout.split())
 
 
 # ---------------------------------------------------------------- emit
@@ -243,6 +253,27 @@ def test_emit_prints_what_is_built(tmp_path: pathlib.Path, tiny: moegen.Artifact
     assert text == (tiny.path / "te_source.py").read_text()
     assert run("emit", *OPTIONS, "-o", tmp_path / "te.py").stdout == ""
     assert (tmp_path / "te.py").read_text() == text
+
+
+def test_emit_assembly(tmp_path: pathlib.Path) -> None:
+    text = run("emit", *OPTIONS, "--asm", "expert_up_4").stdout
+    assert "__tvm_ffi_expert_up_4:" in text
+    assert "__tvm_ffi_expert_up_3:" not in text
+    assert run("emit", *OPTIONS, "--asm", "expert_up_4", "-o", tmp_path / "up.s").stdout == ""
+    assert (tmp_path / "up.s").read_text() == text
+    arm = run("emit", *OPTIONS, "--arch", "aarch64", "--asm", "expert_up_8").stdout
+    assert "fmla\t" in arm
+    assert "prfm\t" in arm
+    x86 = run("emit", *OPTIONS, "--arch", "x86_64", "--mcpu", "x86-64-v3", "--asm", "expert_down_6").stdout
+    assert "vfmadd231ps" in x86
+    assert "%ymm" in x86
+    assert "%zmm" not in x86
+
+
+def test_emit_for_another_architecture() -> None:
+    assert "emitted by moegen" in (text := run("emit", *OPTIONS, "--arch", "aarch64", "--mcpu", "neoverse-v2").stdout)
+    assert "for llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-v2" in text
+    assert "'lanes': 4, 'max_rows': 8" in text
 
 
 def test_emit_host() -> None:

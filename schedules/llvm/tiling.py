@@ -15,8 +15,13 @@ DOT_FEATURE = "avx512bf16"
 
 
 def default(config: MoEConfig, target: Target) -> Tiling:
-    """The largest register tile that leaves room for two weight vectors and one broadcast; sums of at most 512 terms."""
-    max_rows = (target.registers - VECTORS - 1) // VECTORS
+    """The largest register tile that leaves room for two weight vectors and one broadcast; sums of at most 512 terms.
+
+    Of four lanes, a chunk of hidden values is so short that LLVM unrolls it whole and mixes its steps: half of the registers are
+    left to that, or sums would move to the stack and back.
+    """
+    sums = target.registers // 2 if target.lanes == 4 else target.registers - VECTORS - 1
+    max_rows = sums // VECTORS
     pair = 2 if _has_dot(config, target, target.lanes) else 1
     chunk_rows = CHUNK_ROWS // max_rows * max_rows
     return Tiling(lanes=target.lanes, max_rows=max_rows, chunk_rows=chunk_rows, k_block=K_BLOCK * pair, pair=pair)
