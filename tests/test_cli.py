@@ -209,7 +209,7 @@ def test_build_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "target": "llvm",
         "out": str(tmp_path),
         "mcpu": "x86-64-v3",
-            "arch": None,
+        "arch": None,
         "verify": False,
         "force": True,
         "jobs": 3,
