@@ -24,8 +24,8 @@ from .weights import WeightSource
 
 TOKENS = (0, 1, 2, 17, 300)
 ROUTINGS = ("uniform", "skewed", "all_to_one", "empty_experts", "ties")
-# bfloat16 rounds hidden values (as torch does), by 2**-9, which cancelling sums of tiny layers enlarge several times. What is wrong is off
-# by tens of percent, and the report has the errors themselves.
+# bfloat16 rounds hidden values (as torch does), by 2**-9, which cancelling sums of tiny layers enlarge several times. What is
+# wrong is off by tens of percent, and the report has the errors themselves.
 RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 5e-3}
 ELEMENTWISE = {"float32": 3e-5, "bfloat16": 6e-2, "float16": 2e-3}
 ROUTING_TOLERANCE = 2e-5
