@@ -102,7 +102,7 @@ def settled_routing(
     largest = np.abs(_logits(weights, router_x)).max(axis=1, initial=0.0)
     tolerance = LOGIT_ERROR * (largest if config.selects_by_logit else 1 + largest)
     near = reference.margins(config, weights, router_x) < tolerance
-    assert near.sum() <= 2 + 0.02 * len(near)
+    assert near.sum() <= 2 + 0.02 * max(config.top_k / 4, 1) * len(near)  # more choices, more neighbours
     assert ((ids >= 0) & (ids < config.experts)).all()
     np.testing.assert_array_equal(ids[~near], expected.ids[~near])
     np.testing.assert_allclose(chosen[~near], expected.weights[~near], rtol=2e-5, atol=1e-9)

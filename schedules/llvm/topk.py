@@ -25,12 +25,24 @@ def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite
     for stage, block in blocks.items():
         if stage.startswith(ROW_STAGES):
             _vectorize_row(sch, sch.get_loops(block)[-1])
+        elif stage == "place":
+            _rank_row(sch, block)
         elif stage.startswith("lanes"):
             lane, group = sch.get_loops(block)[-2:]
             sch.reorder(group, lane)
             sch.vectorize(lane)
             sch.decompose_reduction(block, group)
     return []
+
+
+def _rank_row(sch: Any, block: Any) -> None:
+    """Counts for as many experts as a vector has lanes at once, when their number allows it without a tail."""
+    expert, other = sch.get_loops(block)[-2:]
+    if int(sch.get(expert).extent) % 16 == 0:
+        outer, inner = sch.split(expert, [None, 16])
+        sch.reorder(outer, other, inner)
+        sch.vectorize(inner)
+        sch.decompose_reduction(block, other)
 
 
 def _vectorize_row(sch: Any, experts: Any) -> None:
