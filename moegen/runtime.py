@@ -222,7 +222,7 @@ class Layer:
     def profile(self, x: Any) -> dict[str, float]:
         """Seconds that one call with `x` spends in each part of the layer, in the order in which they first run.
 
-        The shared expert counts as gather, up, down and combine; what is missing from the time of the call is Python's.
+        The shared expert counts as gather, up and down; what is missing from the time of the call is Python's.
 
         Raises:
             InputError: the wrong shape, dtype or device.
