@@ -10,7 +10,7 @@ from moegen.geometry import VECTORS, Regime, Tiling
 from moegen.target import Target
 
 K_BLOCK = 512
-CHUNK_ROWS = 280
+CHUNK_ROWS = 140  # of four bytes an element: what rows and hidden values of a few thousand columns leave of a second-level cache
 DOT_FEATURE = "avx512bf16"
 
 
@@ -23,7 +23,7 @@ def default(config: MoEConfig, target: Target) -> Tiling:
     sums = target.registers // 2 if target.lanes == 4 else target.registers - VECTORS - 1
     max_rows = sums // VECTORS
     pair = 2 if _has_dot(config, target, target.lanes) else 1
-    chunk_rows = CHUNK_ROWS // max_rows * max_rows
+    chunk_rows = CHUNK_ROWS * pair // max_rows * max_rows
     return Tiling(lanes=target.lanes, max_rows=max_rows, chunk_rows=chunk_rows, k_block=K_BLOCK * pair, pair=pair)
 
 
