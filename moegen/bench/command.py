@@ -50,7 +50,7 @@ def _names(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
     default="uniform",
     show_default=True,
     callback=_names(ROUTINGS),
-    help="How popular the experts are: uniform, zipf, or both.",
+    help="How popular the experts are: uniform, zipf, or uniform,zipf.",
 )
 @click.option("--against", default="all", show_default=True, help="Contenders: all, none, or names (--list shows them).")
 @click.option("--no-peers", is_flag=True, help="The same as --against none.")
