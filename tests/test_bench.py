@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -195,7 +196,9 @@ def test_slow_contenders_are_left_out_of_larger_points(monkeypatch: pytest.Monke
 
 def test_compiled_torch(small_probe: None, tiny: Subject) -> None:
     pytest.importorskip("torch", reason="the contenders of torch need torch==2.13.0, the CPU build")
-    document = bench.bench([tiny], Request((5,), (1,), against="torch,onednn", effort=QUICK))
+    document = bench.bench(
+        [tiny], Request((5,), (1,), against="torch,onednn", effort=dataclasses.replace(QUICK, patience_seconds=300))
+    )
     found = standings(document["runs"][0]["points"][0])
     assert list(found) == ["moegen", "torch-loop", "torch-grouped", "torch-compiled", "torch-onednn"]
     assert {entry["status"] for entry in found.values()} == {"correct"}, found
