@@ -169,10 +169,17 @@ def built_with(store: pathlib.Path, config: moegen.MoEConfig, **tiling: int) -> 
     return moegen.build(few_tiles(config, **tiling), out=store, verify=False)
 
 
+def environment(**others: str) -> dict[str, str]:
+    """For interpreters that can import moegen and the tests' modules, but not torch."""
+    tests = ROOT / "tests"
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests / "without_torch", ROOT, tests)))} | others
+
+
 def run_python(
-    code: str, *arguments: object, timeout: float = 60, given: str | None = None, **environment: str
+    code: str, *arguments: object, timeout: float = 60, given: str | None = None, **others: str
 ) -> subprocess.CompletedProcess[str]:
     """`code` in a fresh interpreter that can import moegen; a hang fails."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | environment
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=env, input=given, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, env=environment(**others), input=given, capture_output=True, text=True, timeout=timeout, check=False
+    )

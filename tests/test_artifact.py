@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL, TINY, run_python
+from helpers import SMALL, TINY, environment, run_python
 
 import moegen
 from moegen import ArtifactError, BuildError, VerificationError, artifact, builder, reference, target
@@ -410,9 +410,8 @@ except moegen.MoegenError as error:
 
 
 def _spawn(code: str, *arguments: object) -> subprocess.Popen[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -577,13 +576,17 @@ def test_a_disk_that_fills_up(kilobytes: int, tmp_path: pathlib.Path) -> None:
     show = 'code=$?; ls -A "$0" >&2; exit $code'
     script = f'mount -t tmpfs -o size={kilobytes}k tmpfs "$0" && "$@"; {show}'
     command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
     try:
         subprocess.run([*command, "true"], check=True, capture_output=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         pytest.skip("no file system of one's own here")
     done = subprocess.run(
-        [*command, sys.executable, "-c", BUILD, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120, check=False
+        [*command, sys.executable, "-c", BUILD, str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stdout.startswith(("BuildError: ", "ArtifactError: "))

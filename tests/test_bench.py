@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers import environment
 
 import moegen
 from moegen import bench, cli, presets
@@ -52,10 +53,16 @@ class Quiet(Watch):
         self.turns += turns
 
 
+@pytest.fixture(scope="module", autouse=True)
+def contenders_without_torch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        yield
+
+
 @pytest.fixture
 def rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contenders that misbehave, in a family of their own."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     monkeypatch.setitem(roster.FAMILIES, "rivals", FamilyInfo("rivals", dict.fromkeys(RIVALS, "misbehaves")))
 
 
@@ -194,8 +201,9 @@ def test_slow_contenders_are_left_out_of_larger_points(monkeypatch: pytest.Monke
     assert re.fullmatch(r"left out: a call took 0\.0 s at 1 tokens already", found[1]["contenders"][0]["reason"])
 
 
-def test_compiled_torch(small_probe: None, tiny: Subject) -> None:
+def test_compiled_torch(monkeypatch: pytest.MonkeyPatch, small_probe: None, tiny: Subject) -> None:
     pytest.importorskip("torch", reason="the contenders of torch need torch==2.13.0, the CPU build")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     document = bench.bench(
         [tiny], Request((5,), (1,), against="torch,onednn", effort=dataclasses.replace(QUICK, patience_seconds=300))
     )
@@ -438,9 +446,13 @@ def test_interrupt_leaves_nothing_behind(tiny: Subject, tmp_path: pathlib.Path) 
     file = tmp_path / "out.json"
     options = ("--against", "numpy", "--tokens", "1,2", "--rounds", "2000", "--threads", "1", "--json", file)
     command = [sys.executable, "-m", "moegen.cli", "bench", tiny.artifact.path, *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        list(map(str, command)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while len(list(_workers(process.pid))) < 2:

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers import environment
 
 import moegen
 from moegen import batch, builder, cli, display, options, plan, presets, verification
 from moegen.batch import Outcome
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = ("build", "emit", "list", "inspect", "verify", "bench", "report")
 TINY = {"experts": 4, "top_k": 2, "hidden": 32, "intermediate": 32}
 OPTIONS = ("--experts", "4", "--top-k", "2", "--hidden", "32", "--intermediate", "32")
@@ -438,10 +438,9 @@ def test_unexpected_errors_are_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -
 
 
 def _start(*arguments: object, code: str = "import moegen.cli; moegen.cli.main()") -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+from helpers import environment
 
 import moegen
 
@@ -27,7 +28,7 @@ TESTS = next(text for _, text in BLOCKS if "pytest" in text)
 
 @pytest.fixture
 def newcomer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """An empty folder, an empty store, and `moegen` and `python` on the path as after the installation."""
+    """An empty folder, an empty store, and `moegen` and `python` on the path as after the first installation, without torch."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, command in {"moegen": f'"{sys.executable}" -m moegen.cli', "python": f'"{sys.executable}"'}.items():
@@ -37,7 +38,7 @@ def newcomer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setenv("MOEGEN_STORE", str(tmp_path / "store"))
     return work
 
