@@ -32,6 +32,11 @@ def throughput(runs: Sequence[Run], known: Mapping[str, Style]) -> Figure:
     return figure
 
 
+def has_ratios(run: Run) -> bool:
+    """Whether ours and another contender were correct at the same point."""
+    return any(_comparable(point, contender) for point in run.data["points"] for contender in correct(point))
+
+
 def ratio(runs: Sequence[Run], known: Mapping[str, Style]) -> Figure:
     """Each other contender's time divided by ours, against tokens per call; there is no ratio to a wrong result."""
     figure, all_axes = drawing.panels([run.label for run in runs])
@@ -97,8 +102,7 @@ def _plot(
         if name in lines:
             axes.plot([place(point) for point in points], lines[name], **known[name].line())
     if not lines:
-        said = "nothing to compare" if any(map(correct, points)) else "no correct result"
-        drawing.remark(axes, said, (0.5, 0.5), (0, 0), "axes fraction", boxed=True, ha="center", color=MUTED)
+        drawing.remark(axes, "no correct result", (0.5, 0.5), (0, 0), "axes fraction", boxed=True, ha="center", color=MUTED)
     drawing.note(axes, _without_speed(run))
     return set(lines)
 

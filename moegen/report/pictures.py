@@ -40,7 +40,8 @@ def draw(readings: Readings) -> Iterator[Picture]:
         what = f"{dtype}, {threads} thread{'s' if threads != 1 else ''}"
         slug = f"{dtype}-{threads}t.png"
         yield _picture(f"throughput-{slug}", f"Tokens per second, {what}", THROUGHPUT, comparisons.throughput(members, known))
-        yield _picture(f"ratio-{slug}", f"Time against ours, {what}", RATIO, comparisons.ratio(members, known))
+        if compared := [run for run in members if comparisons.has_ratios(run)]:
+            yield _picture(f"ratio-{slug}", f"Time against ours, {what}", RATIO, comparisons.ratio(compared, known))
         yield _picture(f"roofline-{slug}", f"Roofline, {what}", ROOFLINE, comparisons.roofline(members, known))
         if divided := [run for run in members if any(point["parts"] for point in run.data["points"])]:
             yield _picture(f"parts-{slug}", f"Where our time goes, {what}", PARTS, insides.parts(divided))
