@@ -266,7 +266,7 @@ def like_input(result: Array, dtype: str, original: Any) -> Any:
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
     if isinstance(original, np.ndarray | np.generic):
-        if dtype == "bfloat16" and original.dtype.name == "bfloat16":
+        if dtype == "bfloat16" and _name_of(original.dtype) == "bfloat16":
             return result.view(original.dtype)
         return result
     if dtype == "bfloat16":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import threading
@@ -29,6 +30,7 @@ from .weights import resolve
 Array = npt.NDArray[Any]
 LOSSLESS = {"float32": ("float16", "bfloat16"), "bfloat16": (), "float16": ()}
 _KEPT_WORKSPACES = 4
+_KNOWN_SIZES = 256
 
 
 class Routing(NamedTuple):
@@ -158,6 +160,8 @@ class Layer:
         self._functions = module.functions
         self._pool = module.pool(threads)
         self._workspaces: list[Array] = []
+        self._max_tokens = int(module.artifact.manifest["max_tokens"])
+        self._workspace_bytes = functools.lru_cache(_KNOWN_SIZES)(module.functions["workspace_bytes"])
 
     @property
     def packed_bytes(self) -> int:
@@ -170,14 +174,13 @@ class Layer:
         Raises:
             InputError: more tokens than the layer takes, or fewer than none.
         """
-        limit = int(self.module.artifact.manifest["max_tokens"])
         try:
             tokens = operator.index(tokens)
         except TypeError:
             raise InputError(f"tokens={tokens!r} must be an integer") from None
-        if not 0 <= tokens <= limit:
-            raise InputError(f"tokens={tokens} must be between 0 and {limit}")
-        return int(self._functions["workspace_bytes"](tokens))
+        if not 0 <= tokens <= self._max_tokens:
+            raise InputError(f"tokens={tokens} must be between 0 and {self._max_tokens}")
+        return int(self._workspace_bytes(tokens))
 
     def __call__(self, x: Any, *, return_routing: bool = False, jitter: Any = None) -> Any:
         """The layer's output, of x's shape.
@@ -292,8 +295,8 @@ class Layer:
         if len(given.shape) not in (2, 3) or given.shape[-1] != hidden:
             raise InputError(f"{name} has shape {list(given.shape)}, expected [T, {hidden}] or [batch, sequence, {hidden}]")
         tokens = given.data.size // hidden
-        if tokens > (limit := int(self.module.artifact.manifest["max_tokens"])):
-            raise InputError(f"{name} has {tokens} tokens; this layer takes at most {limit}")
+        if tokens > self._max_tokens:
+            raise InputError(f"{name} has {tokens} tokens; this layer takes at most {self._max_tokens}")
         if given.dtype != dtype and given.dtype not in LOSSLESS[dtype]:
             raise InputError(f"{name} has dtype {given.dtype}, this layer takes {dtype}: convert it first")
         data = arrays.to_storage(given, dtype)
@@ -336,7 +339,7 @@ class Layer:
 
     def _take(self, tokens: int) -> Array:
         """A workspace that no other call uses."""
-        needed = self.workspace_bytes(tokens)
+        needed = self._workspace_bytes(tokens)
         try:
             kept = self._workspaces.pop()
         except IndexError:
