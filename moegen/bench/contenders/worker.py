@@ -72,9 +72,10 @@ class Worker:
             samples.append(self._step(name))
         return {"seconds": samples}
 
-    def profile(self, name: str) -> dict[str, Any]:
-        """The parts of one call."""
-        return {"parts": self.family.profile(self.inputs[self._turn(f"parts of {name}")])}
+    def profile(self, name: str, calls: int) -> dict[str, Any]:
+        """The parts of so many calls, after one that brings data and threads back."""
+        self._step(name)
+        return {"parts": [self.family.profile(self.inputs[self._turn(name)]) for _ in range(calls)]}
 
     def _step(self, name: str) -> float:
         return self._call(name, self._turn(name))
