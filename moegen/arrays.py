@@ -258,6 +258,10 @@ def like_input(result: Array, dtype: str, original: Any) -> Any:
             where the original is; without one to borrow, bfloat16 stays uint16 bits), other DLPack arrays a tvm_ffi tensor
             (for bfloat16, which NumPy cannot hand over, uint16 bits in NumPy).
     """
+    if isinstance(original, np.ndarray | np.generic):
+        if dtype == "bfloat16" and _name_of(original.dtype) == "bfloat16":
+            return result.view(original.dtype)
+        return result
     if isinstance(original, HostArray):
         return HostArray(result, dtype)
     if _is_torch_tensor(original):
@@ -265,10 +269,6 @@ def like_input(result: Array, dtype: str, original: Any) -> Any:
         if dtype == "bfloat16":
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
-    if isinstance(original, np.ndarray | np.generic):
-        if dtype == "bfloat16" and _name_of(original.dtype) == "bfloat16":
-            return result.view(original.dtype)
-        return result
     if dtype == "bfloat16":
         return result
     # Only callers who brought a DLPack array of another library pay for this import.
