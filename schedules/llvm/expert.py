@@ -13,7 +13,10 @@ from .product import Knobs, check, default, finish_tile, tile
 __all__ = ["Knobs", "apply", "check", "default"]
 
 
-LEAD_LINES = 32
+# How far ahead memory is asked: as long as an answer takes. Tiles of few rows go through lines faster, but the hardware helps them.
+LEAD_LINES = 128
+FEW_ROWS, LEAD_LINES_FEW_ROWS = 3, 64
+BURST_LINES = 16  # asked for at once: a core waits for the first of more before it goes on
 
 
 def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite]:
@@ -28,13 +31,15 @@ def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite
         sch.set_scope(activated, 0, "local")
         sch.compute_at(activated, inner[0], preserve_unit_loops=True)
         finish_tile(sch, sch.get_loops(activated)[-len(inner) :])
-    nest = tile(sch, name, product, panel, knobs)
+    dtype, rows = geometry.config.dtype, int(name.rpartition("_")[2])
+    lines = product.lines_per_chunk(dtype)
+    bursts = max(1, lines // BURST_LINES)
+    nest = tile(sch, name, product, panel, knobs, bursts)
     sch.annotate(nest.q, "pragma_import_llvm", machine.PREFETCH_IR)
-    dtype = geometry.config.dtype
     prefetch = Prefetch(
         *(sch.get(loop) for loop in (panel, nest.q, nest.block, nest.chunk)),
-        lines_per_chunk=product.lines_per_chunk(dtype),
-        lead_lines=LEAD_LINES,
+        lines_per_chunk=lines // bursts,
+        lead_lines=LEAD_LINES if rows > FEW_ROWS else LEAD_LINES_FEW_ROWS,
         line_items=ALIGNMENT_BYTES // ITEM_BYTES[dtype],
         function=machine.PREFETCH_FUNCTION,
     )

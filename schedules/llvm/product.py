@@ -24,7 +24,7 @@ class Knobs:
 
 
 class Nest(NamedTuple):
-    """Loops of a scheduled product: blocks of the dot product, row blocks, chunks of a block of the dot product."""
+    """Loops of a scheduled product: blocks of the dot product, row blocks, chunks of a block (or parts of them)."""
 
     q: Any
     block: Any
@@ -46,17 +46,20 @@ def check(geometry: Geometry, target: Target, knobs: Knobs) -> None:
         raise ScheduleError(f"k_unroll={knobs.k_unroll} must be 1, 2 or 4")
 
 
-def tile(sch: Any, name: str, product: Product, outer: Any, knobs: Knobs) -> Nest:
+def tile(sch: Any, name: str, product: Product, outer: Any, knobs: Knobs, chunk_parts: int = 1) -> Nest:
     """Schedules `partial` and `total` of function `name` under loop `outer`: blocks of the dot product, row blocks, the tile.
 
     A block of weights is so used by all row blocks while it is in the cache; the sums wait in a buffer meanwhile.
+
+    Args:
+        chunk_parts: into how many iterations of the nest's last loop a chunk is divided.
     """
     partial, total = sch.get_sblock("partial", name), sch.get_sblock("total", name)
     sch.compute_at(total, outer, preserve_unit_loops=True)
     block, panel, rows, vectors, lanes, q = sch.get_loops(total)[-6:]
     sch.reorder(q, block, panel, rows, vectors, lanes)
     sch.compute_at(partial, block, preserve_unit_loops=True)
-    chunk = _tile(sch, partial, product, knobs)
+    chunk = _tile(sch, partial, product, knobs, chunk_parts)
     for loop in (rows, vectors):
         sch.unroll(loop)
     sch.vectorize(lanes)
@@ -64,12 +67,15 @@ def tile(sch: Any, name: str, product: Product, outer: Any, knobs: Knobs) -> Nes
     return Nest(q, block, chunk)
 
 
-def _tile(sch: Any, partial: Any, product: Product, knobs: Knobs) -> Any:
-    """Rows and vectors unrolled, sums in registers; returns the loop over chunks of the dot product."""
+def _tile(sch: Any, partial: Any, product: Product, knobs: Knobs, chunk_parts: int) -> Any:
+    """Rows and vectors unrolled, sums in registers; returns the loop over chunks of the dot product, or parts of them."""
     sch.set_scope(partial, 0, "local")
     count = 5 if product.pair == 1 else 6
     rows, vectors, lanes, chunk, step, *pair = sch.get_loops(partial)[-count:]
     sch.reorder(chunk, step, rows, vectors, lanes, *pair)
+    if chunk_parts > 1:
+        part, step = sch.split(step, [chunk_parts, None])
+        chunk = sch.fuse(chunk, part)
     if knobs.k_unroll > 1:
         _, inner = sch.split(step, [None, knobs.k_unroll])
         sch.unroll(inner)
