@@ -340,6 +340,8 @@ def test_experts_refuse(layer: moegen.Layer, x: np.ndarray) -> None:
     for bad_ids, message in (
         (changed(4), r"ids\[3, 1\]=4 must be between 0 and 3"),
         (changed(-1), r"ids\[3, 1\]=-1 must be"),
+        (changed(4, np.int32), r"ids\[3, 1\]=4 must be between 0 and 3"),
+        (changed(-1, np.int32), r"ids\[3, 1\]=-1 must be"),
         (changed(2**40), "ids.*1099511627776 must be"),
         (changed(2**63, np.uint64), "ids.*must be"),
         (ids.astype(np.float32), "ids must be integers, not float32"),
