@@ -25,6 +25,10 @@ UNGATED_ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu")
 ACTIVATIONS = GATED_ACTIVATIONS + UNGATED_ACTIVATIONS
 GATINGS = ("softmax", "topk_softmax", "sigmoid")
 GROUP_SCORES = ("top2_sum", "max")
+WEIGHT_DTYPES = ("same", "int8", "int4", "mxfp4")
+WEIGHT_GROUPS = (0, 32, 64, 128)
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
+ACTIVATION_DTYPES = ("same", "int8")
 
 MAX_EXPERTS = 4096
 MAX_TOP_K = 64
@@ -61,6 +65,14 @@ class MoEConfig:
             (GShard, arXiv:2006.16668; Switch, arXiv:2101.03961); None for no limit.
         swiglu_alpha, swiglu_limit: constants of `swiglu_clamped`.
         balance_coefficient: base of the adaptive load-balancing coefficient, base * (1 + variance of expert usage).
+        weight_dtype: how the experts' projections are stored, the shared expert's among them: `same` as dtype, `int8` or `int4`
+            (scale * (code - zero point)), or `mxfp4` (4-bit floats with a power of two for each 32, OCP Microscaling v1.0; gpt-oss).
+        weight_group: consecutive terms of a dot product that share a scale: 32, 64, 128, or 0 for all of them, which int4 reads as
+            128 and mxfp4 as 32.
+        weight_zero_point: int8 and int4 codes have a zero point for each scale.
+        scale_dtype: type in which scales are stored, except those of mxfp4.
+        activation_dtype: what the experts' products multiply weights with: rows of `same` type as dtype, or rows rounded to `int8`
+            with a scale for each token, which needs int8 weights.
 
     Raises:
         ConfigError: a value is impossible; the message names the field, the value and the limit.
@@ -88,6 +100,11 @@ class MoEConfig:
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     balance_coefficient: float = 0.01
+    weight_dtype: str = "same"
+    weight_group: int = 0
+    weight_zero_point: bool = False
+    scale_dtype: str = "float16"
+    activation_dtype: str = "same"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -105,6 +122,7 @@ class MoEConfig:
         _one_of("group_score", self.group_score, GROUP_SCORES)
         self._check_groups()
         self._check_scales()
+        self._check_low_bit()
         if self.shared_gate and not self.shared_intermediate:
             raise ConfigError("shared_gate=True needs a shared expert: set shared_intermediate above 0 (it is 0)")
         if self.correction_bias and self.gating == "topk_softmax":
@@ -135,6 +153,28 @@ class MoEConfig:
                 continue
             if not 1 / MAX_SCALE <= value <= MAX_SCALE:
                 raise ConfigError(f"{name}={value} must be between {1 / MAX_SCALE:g} and {MAX_SCALE:g}")
+
+    def _check_low_bit(self) -> None:
+        _one_of("weight_dtype", self.weight_dtype, WEIGHT_DTYPES)
+        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        _one_of("activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
+        if self.weight_group not in WEIGHT_GROUPS:
+            raise ConfigError(f"weight_group={self.weight_group} must be one of {', '.join(map(str, WEIGHT_GROUPS))}")
+        if self.weight_group == 0 and self.weight_dtype in ("int4", "mxfp4"):
+            object.__setattr__(self, "weight_group", 32 if self.weight_dtype == "mxfp4" else 128)
+        if self.weight_dtype == "mxfp4" and self.weight_group != 32:
+            raise ConfigError(f"weight_group={self.weight_group} must be 32 with weight_dtype='mxfp4'")
+        if self.weight_dtype == "same" and self.weight_group:
+            raise ConfigError(f"weight_group={self.weight_group} goes with weight_dtype 'int8', 'int4' or 'mxfp4', not 'same'")
+        if self.weight_zero_point and self.weight_dtype not in ("int8", "int4"):
+            raise ConfigError(f"weight_zero_point=True goes with weight_dtype 'int8' or 'int4', not {self.weight_dtype!r}")
+        if self.activation_dtype == "int8" and self.weight_dtype != "int8":
+            raise ConfigError(f"activation_dtype='int8' goes with weight_dtype 'int8', not {self.weight_dtype!r}")
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether the experts' projections are stored as codes and scales."""
+        return self.weight_dtype != "same"
 
     @property
     def gated(self) -> bool:

@@ -33,6 +33,9 @@ CHOICES = {
     "activation": layers.ACTIVATIONS,
     "gating": layers.GATINGS,
     "group_score": layers.GROUP_SCORES,
+    "weight_dtype": layers.WEIGHT_DTYPES,
+    "scale_dtype": layers.SCALE_DTYPES,
+    "activation_dtype": layers.ACTIVATION_DTYPES,
 }
 
 
