@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pprint
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import MoEConfig
 from .errors import without_compiler
-from .geometry import Geometry, Product, Regime
+from .geometry import ITEM_BYTES, Geometry, Product, Regime, Segment
 from .paths import package_folder
 from .target import Target
 from .version import __version__
@@ -35,6 +36,9 @@ NEEDS = {
     "sigmoid": ("exp",),
     "normal_cdf": ("exp",),
 }
+_DLPACK = {
+    "float32": "kF32", "bfloat16": "kBF16", "float16": "kF16", "int8": "kI8", "uint8": "kU8", "uint16": "kU16", "uint32": "kU32",
+}  # fmt: skip
 PARTS = ("router", "topk", "dispatch", "gather", "up", "down", "finish")  # of a call, as `moe_profile` tells them apart
 ORDER = ("exp", "sigmoid", "normal_cdf", "silu", "relu", "relu2", "gelu", "gelu_tanh", "swiglu_clamped")
 
@@ -55,11 +59,12 @@ def te_source(geometry: Geometry, target: Target) -> str:
             config=config,
             tiling=geometry.tiling,
             config_literal=pprint.pformat(config.to_dict(), sort_dicts=False, width=120),
-            tiling_literal=repr(_tiling_dict(geometry)),
+            tiling_literal=repr(dataclasses.asdict(geometry.tiling)),
             functions=_functions(config),
             gated_call=GATED_CALLS.get(config.activation, ("", ""))[1],
             ffns=ffns,
             router=geometry.router,
+            up=geometry.up,
             out=geometry.down,
         )
     )
@@ -81,14 +86,38 @@ def host_source(geometry: Geometry, stages: Sequence[str], regimes: Sequence[Reg
             stages=stages,
             regimes=regimes,
             parts=PARTS,
-            dtype={"float32": "kF32", "bfloat16": "kBF16", "float16": "kF16"}[geometry.config.dtype],
+            up=geometry.up,
+            packed=_packed(geometry),
+            dtype=_DLPACK[geometry.config.dtype],
+            dlpack=_DLPACK,
+            item_bytes=ITEM_BYTES,
         )
     )
 
 
-def _tiling_dict(geometry: Geometry) -> dict[str, Any]:
-    t = geometry.tiling
-    return {"lanes": t.lanes, "max_rows": t.max_rows, "chunk_rows": t.chunk_rows, "k_block": t.k_block, "pair": t.pair}
+def _packed(geometry: Geometry) -> list[dict[str, Any]]:
+    """How each segment is packed from matrices [n, k], in the order of the segments."""
+    products = {"router": geometry.router}
+    for prefix, up, down in geometry.ffns:
+        products |= {f"{prefix}up": up, f"{prefix}down": down}
+    return [_packing(segment, products) for segment in geometry.segments]
+
+
+def _packing(segment: Segment, products: Mapping[str, Product]) -> dict[str, Any]:
+    known: dict[str, Any] = {"name": segment.name, "offset_bytes": segment.offset_bytes, "bits": 8 * ITEM_BYTES[segment.dtype]}
+    known |= {"pair": 1, "nibbles": False, "flipped": 0}
+    if segment.name == "correction_bias":  # copied as it is
+        return known | {"count": 1, "n": segment.shape[0], "panels": 0, "k": 0, "k_padded": 0, "lanes": 0, "gated": False}
+    name = segment.name if segment.name in products else segment.name.rpartition("_")[0]
+    p = products[name]
+    known |= {"count": p.count, "n": p.n, "panels": p.panels, "lanes": p.lanes, "gated": p.gated}
+    if segment.name != name:  # a bias, or something for each group of a column
+        terms = 1 if segment.name.endswith("bias") else segment.shape[2]
+        return known | {"k": terms, "k_padded": terms}
+    nibbles = p.bits == 4
+    flipped = 8 if p.weight_dtype == "int4" else 0  # -8 becomes 0
+    bits = 8 if nibbles else known["bits"]
+    return known | {"k": p.k, "k_padded": p.k_padded, "pair": p.pair, "nibbles": nibbles, "flipped": flipped, "bits": bits}
 
 
 def _title(config: MoEConfig) -> str:

@@ -16,7 +16,10 @@ VECTORS = 2
 ROW_CHUNK = 16
 ROUTER_K_BLOCK = 32  # short sums: a logit's rounding error decides near ties and is multiplied by exp()
 ALIGNMENT_BYTES = 64
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "uint32": 4, "uint16": 2, "int8": 1, "uint8": 1}
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "mxfp4": 4}
+BYTES = 4  # terms in a 32-bit lane where rows and weights are bytes
+NIBBLES = 8  # consecutive terms whose 4-bit codes lie together, in one 32-bit lane or in the two 16-bit halves of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Tiling:
         k_block: longest run of a dot product kept in one accumulator; block sums are added up (accuracy and cache).
         pair: consecutive terms of a dot product that one instruction takes: 2 where rows and weights stay bfloat16
             (`vdpbf16ps`), 1 where they are multiplied as float32.
+        byte_dot: rows of bytes are multiplied four terms at a time (`vpdpbusd`).
     """
 
     lanes: int
@@ -37,6 +41,7 @@ class Tiling:
     chunk_rows: int
     k_block: int
     pair: int = 1
+    byte_dot: bool = False
 
     @property
     def row_tiles(self) -> range:
@@ -65,6 +70,13 @@ class Product:
 
     `rows` is stored `[block, k_chunks, row, k_chunk]`, the weight `[count, panels, k_chunks * k_chunk, 2, lanes]`, zero-padded;
     with pairs `[count, panels, k_chunks * k_chunk / 2, 2, lanes, 2]`, so that both terms of a pair lie in one 32-bit lane.
+    Four bits a term: `[count, panels, k_chunks * k_chunk / 8, 2, lanes]` in words of 32 bits, term k in bits 4 * (k % 8) and
+    the following three; with pairs `[..., 2, lanes, 2]` in words of 16 bits, term k in word k % 2 from bit 4 * (k // 2 % 4) on.
+
+    Args:
+        weight_dtype: a float type, or how codes are stored: `int8`, `int4`, `mxfp4`.
+        group: terms that share a scale: one block of the dot product, or 0 for all of them.
+        byte_dot: as in `Tiling`.
     """
 
     count: int
@@ -77,6 +89,9 @@ class Product:
     lanes: int
     gated: bool
     pair: int
+    weight_dtype: str
+    group: int = 0
+    byte_dot: bool = False
 
     @property
     def columns(self) -> int:
@@ -94,28 +109,58 @@ class Product:
         return self.panels * self.columns
 
     @property
+    def bits(self) -> int:
+        """Bits of a stored weight."""
+        return BITS[self.weight_dtype]
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether the weight is codes, with scales."""
+        return self.bits < 16
+
+    @property
+    def groups(self) -> int:
+        """Scales of one output column."""
+        return self.k_blocks if self.group else 1
+
+    @property
+    def word_dtype(self) -> str:
+        """Type of the stored weight's elements, each of which is several codes where they have four bits."""
+        if self.bits > 4:
+            return self.weight_dtype
+        return "uint32" if self.pair == 1 else "uint16"
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the packed weight."""
-        shape = (self.count, self.panels, self.k_padded // self.pair, VECTORS, self.lanes)
+        together = NIBBLES if self.bits == 4 else self.pair
+        shape = (self.count, self.panels, self.k_padded // together, VECTORS, self.lanes)
         return shape if self.pair == 1 else (*shape, self.pair)
 
     @property
     def row_dtype(self) -> str:
         """Type of the stored rows."""
-        return "float32" if self.pair == 1 else "bfloat16"
+        return {1: "float32", 2: "bfloat16", 4: "uint8"}[self.pair]
 
-    def lines_per_chunk(self, dtype: str) -> int:
-        """Cache lines of weights that belong to one row chunk of one panel."""
-        return self.k_chunk * VECTORS * self.lanes * ITEM_BYTES[dtype] // ALIGNMENT_BYTES
+    @property
+    def lines_per_chunk(self) -> int:
+        """Cache lines of weights that belong to one row chunk of one panel; 0 where one line has several."""
+        return self.k_chunk * VECTORS * self.lanes * self.bits // 8 // ALIGNMENT_BYTES
 
-    def panel_bytes(self, dtype: str) -> int:
+    @property
+    def panel_bytes(self) -> int:
         """Bytes of the weights of one panel."""
-        return self.k_padded * VECTORS * self.lanes * ITEM_BYTES[dtype]
+        return self.k_padded * VECTORS * self.lanes * self.bits // 8
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
         """Shape of the packed bias."""
         return (self.count, self.panels, VECTORS, self.lanes)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of the packed scales, and of what else there is for each group of each column."""
+        return (self.count, self.panels, self.groups, VECTORS, self.lanes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +191,13 @@ class Geometry:
     @property
     def router(self) -> Product:
         """Logits of all experts; the shared expert's gate is one more column."""
-        c, lanes = self.config, self.tiling.lanes
+        c, t = self.config, self.tiling
         n = c.experts + int(c.shared_gate)
-        chunks = self.up.k_chunks  # the same gathered rows feed both products
+        chunks = self.up.k_chunks  # rows are gathered alike for both products
         blocks = next(b for b in range(1, chunks + 1) if chunks % b == 0 and chunks // b * ROW_CHUNK <= ROUTER_K_BLOCK)
-        return Product(1, c.hidden, ROW_CHUNK, chunks, blocks, n, _ceil_div(n, VECTORS * lanes), lanes, False, self.tiling.pair)
+        panels = _ceil_div(n, VECTORS * t.lanes)
+        dtype = "float32" if t.pair == 1 else "bfloat16"
+        return Product(1, c.hidden, ROW_CHUNK, chunks, blocks, n, panels, t.lanes, False, t.pair, dtype)
 
     @property
     def up(self) -> Product:
@@ -160,7 +207,7 @@ class Geometry:
     @property
     def down(self) -> Product:
         """Down projection of the routed experts."""
-        return _second(self.up, self.config.hidden, self.tiling)
+        return self._down(self.up)
 
     @property
     def shared_up(self) -> Product:
@@ -170,10 +217,60 @@ class Geometry:
     @property
     def shared_down(self) -> Product:
         """Down projection of the shared expert."""
-        return _second(self.shared_up, self.config.hidden, self.tiling)
+        return self._down(self.shared_up)
+
+    @property
+    def ffns(self) -> tuple[tuple[str, Product, Product], ...]:
+        """(prefix of its segments, gate and up projection, down projection) of the routed experts and of the shared one."""
+        routed = ("", self.up, self.down)
+        return (routed, ("shared_", self.shared_up, self.shared_down)) if self.config.shared_intermediate else (routed,)
 
     def _up(self, count: int, intermediate: int) -> Product:
-        return _first(count, self.config.hidden, intermediate, self.config.gated, self.tiling)
+        """Its rows are gathered from the layer's input in chunks of `ROW_CHUNK`."""
+        c, lanes = self.config, self.tiling.lanes
+        k_chunks, k_blocks = self._blocked(_ceil_div(c.hidden, ROW_CHUNK), ROW_CHUNK)
+        columns = lanes * (1 if c.gated else VECTORS)
+        panels, _ = self._blocked(_ceil_div(intermediate, columns), columns)
+        return Product(
+            count,
+            c.hidden,
+            ROW_CHUNK,
+            k_chunks,
+            k_blocks,
+            intermediate,
+            panels,
+            lanes,
+            c.gated,
+            self._pair,
+            self._stored,
+            c.weight_group,
+        )
+
+    def _down(self, up: Product) -> Product:
+        """Its rows are the panels that `up` wrote."""
+        c, lanes = self.config, self.tiling.lanes
+        k_chunks, k_blocks = self._blocked(up.panels, up.columns)
+        panels = _ceil_div(c.hidden, VECTORS * lanes)
+        return Product(
+            up.count, up.n, up.columns, k_chunks, k_blocks, c.hidden, panels, lanes, False, self._pair, self._stored, c.weight_group, self.tiling.byte_dot
+        )
+
+    @property
+    def _pair(self) -> int:
+        """Terms that the experts' products take at a time."""
+        return self.tiling.pair if self.config.activation_dtype == "same" else BYTES
+
+    @property
+    def _stored(self) -> str:
+        return self.config.weight_dtype if self.config.low_bit else self.config.dtype
+
+    def _blocked(self, chunks: int, chunk: int) -> tuple[int, int]:
+        """(chunks rounded up so that the blocks are equal, number of blocks); a group of weights that share a scale is a block."""
+        if group := self.config.weight_group:
+            blocks = _ceil_div(chunks * chunk, group)
+            return blocks * group // chunk, blocks
+        blocks = max(1, _ceil_div(chunks * chunk, self.tiling.k_block))
+        return _round_up(chunks, blocks), blocks
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -192,12 +289,25 @@ class Geometry:
             shapes.append(("router_bias", "float32", self.router.bias_shape))
         if c.correction_bias:
             shapes.append(("correction_bias", "float32", (c.experts,)))
-        shapes += [("up", c.dtype, self.up.weight_shape), ("down", c.dtype, self.down.weight_shape)]
+        for prefix, up, down in self.ffns:
+            for name, product in ((f"{prefix}up", up), (f"{prefix}down", down)):
+                shapes.append((name, product.word_dtype, product.weight_shape))
+                shapes += self._scales(name, product)
         if c.expert_bias:
             shapes += [("up_bias", "float32", self.up.bias_shape), ("down_bias", "float32", self.down.bias_shape)]
-        if c.shared_intermediate:
-            shapes += [("shared_up", c.dtype, self.shared_up.weight_shape), ("shared_down", c.dtype, self.shared_down.weight_shape)]
         return shapes
+
+    def _scales(self, name: str, product: Product) -> list[tuple[str, str, tuple[int, ...]]]:
+        """What goes with codes: scales, zero points, and for rows of bytes what their offset adds to each sum."""
+        c = self.config
+        if not product.low_bit:
+            return []
+        found = [(f"{name}_scale", "uint8" if c.weight_dtype == "mxfp4" else c.scale_dtype, product.scale_shape)]
+        if c.weight_zero_point:
+            found.append((f"{name}_zero", "int8", product.scale_shape))
+        if product.pair == BYTES:
+            found.append((f"{name}_offset", "int32", product.scale_shape))
+        return found
 
     @property
     def packed_bytes(self) -> int:
@@ -208,27 +318,6 @@ class Geometry:
     def describe(self) -> list[dict[str, Any]]:
         """The weight layout as plain JSON values."""
         return [dataclasses.asdict(s) | {"shape": list(s.shape), "size_bytes": s.size_bytes} for s in self.segments]
-
-
-def _first(count: int, k: int, n: int, gated: bool, tiling: Tiling) -> Product:
-    """A product whose rows are gathered from the layer's input in chunks of `ROW_CHUNK`."""
-    k_chunks, k_blocks = _blocked(_ceil_div(k, ROW_CHUNK), ROW_CHUNK, tiling)
-    columns = tiling.lanes * (1 if gated else VECTORS)
-    panels, _ = _blocked(_ceil_div(n, columns), columns, tiling)
-    return Product(count, k, ROW_CHUNK, k_chunks, k_blocks, n, panels, tiling.lanes, gated, tiling.pair)
-
-
-def _second(up: Product, n: int, tiling: Tiling) -> Product:
-    """A product whose rows are the panels that `up` wrote."""
-    k_chunks, k_blocks = _blocked(up.panels, up.columns, tiling)
-    panels = _ceil_div(n, VECTORS * tiling.lanes)
-    return Product(up.count, up.n, up.columns, k_chunks, k_blocks, n, panels, tiling.lanes, False, tiling.pair)
-
-
-def _blocked(chunks: int, chunk: int, tiling: Tiling) -> tuple[int, int]:
-    """(chunks rounded up so that the blocks are equal, number of blocks)."""
-    blocks = max(1, _ceil_div(chunks * chunk, tiling.k_block))
-    return _round_up(chunks, blocks), blocks
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -1,9 +1,14 @@
-"""Machine instructions that schedules name and TVM does not have: `vdpbf16ps` on a panel's vector."""
+"""Machine instructions that schedules name and TVM does not have: `vdpbf16ps` on a panel's vector of numbers or codes, `vpdpbusd`.
+
+Each is a definition, which TVM compares with the loops of a kernel, and an implementation that calls the function which
+`schedules.llvm.machine` writes for LLVM.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
@@ -12,14 +17,22 @@ from .schedules.llvm import machine
 
 def register() -> None:
     """Makes the instructions known to TVM's `tensorize`."""
-    TensorIntrin.register(machine.DOT, _definition(), _implementation(), override=True)
+    for stored, name in machine.DOTS.items():
+        function = machine.DOT_FUNCTIONS[stored]
+        if stored == "bytes":
+            pair = _bytes(), _bytes_call(function)
+        elif stored in ("int4", "mxfp4"):
+            pair = (_int4() if stored == "int4" else _mxfp4()), _nibbles_call(function)
+        else:
+            pair = _pairs(stored), _pairs_call(stored, function)
+        TensorIntrin.register(name, *pair, override=True)
 
 
-def _definition() -> Any:
+def _pairs(stored: str) -> Any:
     @T.prim_func(s_tir=True)
     def definition(
         rows: T.Buffer((2,), "bfloat16", offset_factor=1),
-        weights: T.Buffer((16, 2), "bfloat16", offset_factor=1),
+        weights: T.Buffer((16, 2), stored, offset_factor=1),
         sums: T.Buffer((16,), "float32", scope="local", offset_factor=1),
     ) -> None:
         with T.sblock("root"):
@@ -34,13 +47,14 @@ def _definition() -> Any:
     return definition
 
 
-def _implementation() -> Any:
-    function = machine.DOT_FUNCTION
+def _pairs_call(stored: str, function: str) -> Any:
+    vector = f"{stored}x32"
+    passed = "uint16x32" if stored == "bfloat16" else vector
 
     @T.prim_func(s_tir=True)
     def implementation(
         rows: T.Buffer((2,), "bfloat16", offset_factor=1),
-        weights: T.Buffer((16, 2), "bfloat16", offset_factor=1),
+        weights: T.Buffer((16, 2), stored, offset_factor=1),
         sums: T.Buffer((16,), "float32", scope="local", offset_factor=1),
     ) -> None:
         with T.sblock("root"):
@@ -51,7 +65,119 @@ def _implementation() -> Any:
                 function,
                 sums.vload([0], "float32x16"),
                 T.reinterpret(T.reinterpret(rows.vload([0], "bfloat16x2"), dtype="uint16x2"), dtype="int32"),
-                T.reinterpret(weights.vload([0, 0], "bfloat16x32"), dtype="uint16x32"),
+                T.reinterpret(weights.vload([0, 0], vector), dtype=passed),
+            )
+
+    return implementation
+
+
+def _code(word: Any, pair: Any) -> Any:
+    """The four bits of pair `pair` of terms."""
+    return ((word >> (pair * 4).astype("uint16")) & tirx.const(15, "uint16")).astype("int32")
+
+
+def _doubled_e2m1(word: Any, pair: Any) -> Any:
+    """As the emitted module's `mxfp4` says it."""
+    code = _code(word, pair)
+    size = code & 7
+    size = tirx.max(size, tirx.max(size * 2 - 4, size * 4 - 16))
+    return tirx.Select(code > 7, 0 - size, size)
+
+
+def _int4() -> Any:
+    @T.prim_func(s_tir=True)
+    def definition(
+        rows: T.Buffer((8,), "bfloat16", offset_factor=1),
+        weights: T.Buffer((16, 2), "uint16", offset_factor=1),
+        sums: T.Buffer((16,), "float32", scope="local", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(sums[0:16], rows[0:8], weights[0:16, 0:2])
+            T.writes(sums[0:16])
+            for pair, lane, term in T.grid(4, 16, 2):
+                with T.sblock("update"):
+                    v, i, p = T.axis.remap("SRR", [lane, pair, term])
+                    sums[v] = sums[v] + T.cast(rows[i * 2 + p], "float32") * T.cast(_code(weights[v, p], i) - 8, "float32")
+
+    return definition
+
+
+def _mxfp4() -> Any:
+    @T.prim_func(s_tir=True)
+    def definition(
+        rows: T.Buffer((8,), "bfloat16", offset_factor=1),
+        weights: T.Buffer((16, 2), "uint16", offset_factor=1),
+        sums: T.Buffer((16,), "float32", scope="local", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(sums[0:16], rows[0:8], weights[0:16, 0:2])
+            T.writes(sums[0:16])
+            for pair, lane, term in T.grid(4, 16, 2):
+                with T.sblock("update"):
+                    v, i, p = T.axis.remap("SRR", [lane, pair, term])
+                    sums[v] = sums[v] + T.cast(rows[i * 2 + p], "float32") * T.cast(_doubled_e2m1(weights[v, p], i), "float32")
+
+    return definition
+
+
+def _nibbles_call(function: str) -> Any:
+    @T.prim_func(s_tir=True)
+    def implementation(
+        rows: T.Buffer((8,), "bfloat16", offset_factor=1),
+        weights: T.Buffer((16, 2), "uint16", offset_factor=1),
+        sums: T.Buffer((16,), "float32", scope="local", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(sums[0:16], rows[0:8], weights[0:16, 0:2])
+            T.writes(sums[0:16])
+            sums[T.ramp(T.int32(0), 1, 16)] = T.call_pure_extern(
+                "float32x16",
+                function,
+                sums.vload([0], "float32x16"),
+                T.reinterpret(T.reinterpret(rows.vload([0], "bfloat16x2"), dtype="uint16x2"), dtype="int32"),
+                T.reinterpret(T.reinterpret(rows.vload([2], "bfloat16x2"), dtype="uint16x2"), dtype="int32"),
+                T.reinterpret(T.reinterpret(rows.vload([4], "bfloat16x2"), dtype="uint16x2"), dtype="int32"),
+                T.reinterpret(T.reinterpret(rows.vload([6], "bfloat16x2"), dtype="uint16x2"), dtype="int32"),
+                weights.vload([0, 0], "uint16x32"),
+            )
+
+    return implementation
+
+
+def _bytes() -> Any:
+    @T.prim_func(s_tir=True)
+    def definition(
+        rows: T.Buffer((4,), "uint8", offset_factor=1),
+        weights: T.Buffer((16, 4), "int8", offset_factor=1),
+        sums: T.Buffer((16,), "int32", scope="local", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(sums[0:16], rows[0:4], weights[0:16, 0:4])
+            T.writes(sums[0:16])
+            for lane, term in T.grid(16, 4):
+                with T.sblock("update"):
+                    v, p = T.axis.remap("SR", [lane, term])
+                    sums[v] = sums[v] + T.cast(rows[p], "int32") * T.cast(weights[v, p], "int32")
+
+    return definition
+
+
+def _bytes_call(function: str) -> Any:
+    @T.prim_func(s_tir=True)
+    def implementation(
+        rows: T.Buffer((4,), "uint8", offset_factor=1),
+        weights: T.Buffer((16, 4), "int8", offset_factor=1),
+        sums: T.Buffer((16,), "int32", scope="local", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(sums[0:16], rows[0:4], weights[0:16, 0:4])
+            T.writes(sums[0:16])
+            sums[T.ramp(T.int32(0), 1, 16)] = T.call_pure_extern(
+                "int32x16",
+                function,
+                sums.vload([0], "int32x16"),
+                T.reinterpret(rows.vload([0], "uint8x4"), dtype="int32"),
+                weights.vload([0, 0], "int8x64"),
             )
 
     return implementation

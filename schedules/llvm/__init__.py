@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import dispatch, expert, finish, gather, losses, router, tiling, topk
+from . import dispatch, expert, finish, gather, losses, router, rows, tiling, topk
 
 __all__ = ["STAGES", "stage_of", "tiling"]
 
 STAGES: dict[str, ModuleType] = {
     "gather": gather,
     "gather_weighted": gather,
+    "quantize": rows,
+    "gather_bytes": rows,
+    "expert_hidden": rows,
+    "shared_hidden": rows,
     "router": router,
     "topk": topk,
     "dispatch": dispatch,

@@ -26,21 +26,23 @@ def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite
     block, panel, *inner = sch.get_loops(sch.get_sblock("output", name))
     sch.reorder(panel, block, *inner)
     finish_tile(sch, inner)
-    if product.pair > 1 and stage.endswith("up"):
+    if product.row_dtype == "bfloat16" and stage.endswith("up"):
         activated = sch.get_sblock("activated", name)
         sch.set_scope(activated, 0, "local")
         sch.compute_at(activated, inner[0], preserve_unit_loops=True)
         finish_tile(sch, sch.get_loops(activated)[-len(inner) :])
-    dtype, rows = geometry.config.dtype, int(name.rpartition("_")[2])
-    lines = product.lines_per_chunk(dtype)
+    stores: Rewrite = ScatterAdd(product.columns) if stage.endswith("down") else StoreFrom(product.panels)
+    rows, lines = int(name.rpartition("_")[2]), product.lines_per_chunk
     bursts = max(1, lines // BURST_LINES)
     nest = tile(sch, name, product, panel, knobs, bursts)
+    if lines == 0:
+        return [stores]
     sch.annotate(nest.q, "pragma_import_llvm", machine.PREFETCH_IR)
     prefetch = Prefetch(
         *(sch.get(loop) for loop in (panel, nest.q, nest.block, nest.chunk)),
         lines_per_chunk=lines // bursts,
         lead_lines=LEAD_LINES if rows > FEW_ROWS else LEAD_LINES_FEW_ROWS,
-        line_items=ALIGNMENT_BYTES // ITEM_BYTES[dtype],
+        line_items=ALIGNMENT_BYTES // ITEM_BYTES[product.word_dtype],
         function=machine.PREFETCH_FUNCTION,
     )
-    return [prefetch, ScatterAdd(product.columns) if stage.endswith("down") else StoreFrom(product.panels)]
+    return [prefetch, stores]

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from moegen.errors import ScheduleError
-from moegen.geometry import Geometry, Product
+from moegen.geometry import BYTES, Geometry, Product
 from moegen.target import Target
 
 from . import machine
@@ -70,25 +70,37 @@ def tile(sch: Any, name: str, product: Product, outer: Any, knobs: Knobs, chunk_
 def _tile(sch: Any, partial: Any, product: Product, knobs: Knobs, chunk_parts: int) -> Any:
     """Rows and vectors unrolled, sums in registers; returns the loop over chunks of the dot product, or parts of them."""
     sch.set_scope(partial, 0, "local")
-    count = 5 if product.pair == 1 else 6
-    rows, vectors, lanes, chunk, step, *pair = sch.get_loops(partial)[-count:]
-    sch.reorder(chunk, step, rows, vectors, lanes, *pair)
+    words = product.bits == 4 and product.pair == 2  # a vector of weights holds four pairs of terms
+    count = 5 + int(product.pair > 1) + int(words)
+    rows, vectors, lanes, chunk, step, *terms = sch.get_loops(partial)[-count:]
+    inner = [*terms[:1], lanes, *terms[1:]] if words else [lanes, *terms]
+    sch.reorder(chunk, step, rows, vectors, *inner)
     if chunk_parts > 1:
         part, step = sch.split(step, [chunk_parts, None])
         chunk = sch.fuse(chunk, part)
     if knobs.k_unroll > 1:
-        _, inner = sch.split(step, [None, knobs.k_unroll])
-        sch.unroll(inner)
+        _, unrolled = sch.split(step, [None, knobs.k_unroll])
+        sch.unroll(unrolled)
     for loop in (rows, vectors):
         sch.unroll(loop)
-    if not pair:
+    dot = _dot(product)
+    if dot is None:
+        for loop in inner[1:]:
+            sch.unroll(loop)
         sch.vectorize(lanes)
         sch.decompose_reduction(partial, chunk)
         return chunk
     sch.vectorize(sch.get_loops(sch.decompose_reduction(partial, chunk))[-1])
-    sch.tensorize(lanes, machine.DOT)
-    sch.annotate(chunk, "pragma_import_llvm", machine.DOT_IR)
+    sch.tensorize(inner[0], machine.DOTS[dot])
+    sch.annotate(chunk, "pragma_import_llvm", machine.DOT_IR[dot])
     return chunk
+
+
+def _dot(product: Product) -> str | None:
+    """What the instruction takes that multiplies several terms at once; None where there is none."""
+    if product.pair == 1 or (product.pair == BYTES and not product.byte_dot):
+        return None
+    return "bytes" if product.pair == BYTES else product.weight_dtype
 
 
 def finish_tile(sch: Any, loops: list[Any]) -> None:

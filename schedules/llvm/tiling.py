@@ -12,6 +12,7 @@ from moegen.target import Target
 K_BLOCK = 512
 CHUNK_ROWS = 140  # of four bytes an element: what rows and hidden values of a few thousand columns leave of a second-level cache
 DOT_FEATURE = "avx512bf16"
+BYTE_DOT_FEATURE = "avx512vnni"
 
 
 def default(config: MoEConfig, target: Target) -> Tiling:
@@ -20,11 +21,17 @@ def default(config: MoEConfig, target: Target) -> Tiling:
     Of four lanes, a chunk of hidden values is so short that LLVM unrolls it whole and mixes its steps: half of the registers are
     left to that, or sums would move to the stack and back.
     """
-    sums = target.registers // 2 if target.lanes == 4 else target.registers - VECTORS - 1
+    sums = target.registers // 2 if target.lanes == 4 else target.registers - VECTORS - 1 - _decoding(config)
     max_rows = sums // VECTORS
     pair = 2 if _has_dot(config, target, target.lanes) else 1
     chunk_rows = CHUNK_ROWS * pair // max_rows * max_rows
-    return Tiling(lanes=target.lanes, max_rows=max_rows, chunk_rows=chunk_rows, k_block=K_BLOCK * pair, pair=pair)
+    byte_dot = _has_byte_dot(config, target, target.lanes)
+    return Tiling(target.lanes, max_rows, chunk_rows, K_BLOCK * pair, pair, byte_dot)
+
+
+def _decoding(config: MoEConfig) -> int:
+    """Registers that turning codes into numbers takes."""
+    return {"same": 0, "int8": 2, "int4": 4, "mxfp4": 4}[config.weight_dtype] if config.activation_dtype == "same" else 0
 
 
 def check(config: MoEConfig, target: Target, tiling: Tiling) -> None:
@@ -44,6 +51,8 @@ def check(config: MoEConfig, target: Target, tiling: Tiling) -> None:
         raise ScheduleError(f"k_block={tiling.k_block} must be at least 64")
     if tiling.pair not in (1, 2) or (tiling.pair == 2 and not _has_dot(config, target, tiling.lanes)):
         raise ScheduleError(f"pair={tiling.pair} must be 1, or 2 for bfloat16 with 16 lanes on a target with {DOT_FEATURE}")
+    if tiling.byte_dot and not _has_byte_dot(config, target, tiling.lanes):
+        raise ScheduleError(f"byte_dot=True needs activation_dtype='int8' and 16 lanes on a target with {BYTE_DOT_FEATURE}")
 
 
 def default_regimes(config: MoEConfig, target: Target, tiling: Tiling) -> tuple[Regime, ...]:
@@ -72,3 +81,8 @@ def check_regimes(tiling: Tiling, regimes: Sequence[Regime]) -> None:
 def _has_dot(config: MoEConfig, target: Target, lanes: int) -> bool:
     """Whether bfloat16 pairs can be multiplied as they are (`vdpbf16ps` on whole registers)."""
     return config.dtype == "bfloat16" and lanes == 16 and DOT_FEATURE in target.features
+
+
+def _has_byte_dot(config: MoEConfig, target: Target, lanes: int) -> bool:
+    """Whether rows of bytes can be multiplied as they are (`vpdpbusd` on whole registers)."""
+    return config.activation_dtype == "int8" and lanes == 16 and BYTE_DOT_FEATURE in target.features

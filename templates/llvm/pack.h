@@ -1,4 +1,5 @@
-// Packing weights [n, k] of any strides into panels [n / columns][k_padded / pair][2][lanes][pair], zero-padded.
+// Packing weights [n, k] of any strides into panels [n / columns][k_padded / pair][2][lanes][pair], zero-padded. Codes of four bits come
+// as a byte each; eight terms of a column make a word of 32 bits, or where terms go in pairs, two words of 16.
 #pragma once
 #include "stage.h"
 
@@ -6,10 +7,14 @@ namespace moegen {
 
 struct Segment {
   int64_t offset_bytes;
-  int bits;       // of a stored element
+  int bits;       // of an element that is given
   int64_t count;  // experts
   int64_t n, panels, k, k_padded, lanes, pair;
   bool gated;  // two sources: vector 0 of a panel from the gate, vector 1 from the up projection
+  bool nibbles;     // four bits of each element are stored,
+  uint8_t flipped;  // these of them inverted
+
+  int64_t panel_bytes() const { return k_padded * 2 * lanes * bits / (nibbles ? 16 : 8); }
 };
 
 // A source matrix [n, k] or, for biases (k = 1), a vector [n].
@@ -53,6 +58,23 @@ void PackPanel(const Segment& s, const Source* sources, Element* out, int64_t pa
   }
 }
 
+inline void PackNibbles(const Segment& s, const Source* sources, uint8_t* out, int64_t panel) {
+  int64_t columns = s.gated ? s.lanes : 2 * s.lanes;
+  std::memset(out, s.flipped * 0x11, s.panel_bytes());
+  for (int64_t slot = 0; slot < 2 * s.lanes; ++slot) {
+    const Source& source = sources[s.gated ? slot / s.lanes : 0];
+    int64_t row = panel * columns + (s.gated ? slot % s.lanes : slot);
+    if (row >= s.n) continue;
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(source.data) + row * source.n_stride;
+    for (int64_t k = 0; k < s.k; ++k) {
+      int64_t in_word = k % 8 / s.pair, word = ((k / 8) * 2 * s.lanes + slot) * s.pair + k % s.pair;
+      uint8_t& byte = out[word * (4 / s.pair) + in_word / 2];
+      int shift = in_word % 2 * 4;
+      byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (((from[k * source.k_stride] ^ s.flipped) & 15) << shift));
+    }
+  }
+}
+
 struct PackJob {
   const Segment* segment;
   Source sources[2];
@@ -62,12 +84,16 @@ struct PackJob {
 inline int PackTask(int task, Env* env, void* closure) {
   const PackJob& job = *static_cast<PackJob*>(closure);
   const Segment& s = *job.segment;
-  int64_t size = s.k_padded * 2 * s.lanes;
   for (int64_t panel = task; panel < s.panels; panel += env->num_task) {
-    if (s.bits == 32) {
-      PackPanel(s, job.sources, reinterpret_cast<uint32_t*>(job.out) + panel * size, panel);
+    char* out = job.out + panel * s.panel_bytes();
+    if (s.nibbles) {
+      PackNibbles(s, job.sources, reinterpret_cast<uint8_t*>(out), panel);
+    } else if (s.bits == 32) {
+      PackPanel(s, job.sources, reinterpret_cast<uint32_t*>(out), panel);
+    } else if (s.bits == 16) {
+      PackPanel(s, job.sources, reinterpret_cast<uint16_t*>(out), panel);
     } else {
-      PackPanel(s, job.sources, reinterpret_cast<uint16_t*>(job.out) + panel * size, panel);
+      PackPanel(s, job.sources, reinterpret_cast<uint8_t*>(out), panel);
     }
   }
   return 0;
@@ -79,8 +105,7 @@ inline void Pack(const Segment& s, char* blob, int64_t expert, const DLTensor* f
   PackJob job{&s, {}, nullptr};
   job.sources[0] = SourceOf(first, s, s.gated ? "gate" : "weight");
   if (s.gated) job.sources[1] = SourceOf(second, s, "up");
-  int64_t expert_bytes = s.panels * s.k_padded * 2 * s.lanes * (s.bits / 8);
-  job.out = blob + s.offset_bytes + expert * expert_bytes;
+  job.out = blob + s.offset_bytes + expert * s.panels * s.panel_bytes();
   Launch(PackTask, &job, Tasks(s.panels, 4.0 * s.panels * s.k_padded * 2 * s.lanes));
 }
 

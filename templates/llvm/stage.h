@@ -21,6 +21,10 @@ constexpr DLDataType kF16{kDLFloat, 16, 1};
 constexpr DLDataType kBF16{kDLBfloat, 16, 1};
 constexpr DLDataType kI64{kDLInt, 64, 1};
 constexpr DLDataType kI32{kDLInt, 32, 1};
+constexpr DLDataType kI8{kDLInt, 8, 1};
+constexpr DLDataType kU32{kDLUInt, 32, 1};
+constexpr DLDataType kU16{kDLUInt, 16, 1};
+constexpr DLDataType kU8{kDLUInt, 8, 1};
 
 // Thrown inside the library only; every exported function turns it into a tvm-ffi error.
 struct Failure {
@@ -65,7 +69,7 @@ class Arguments {
     value.type_index = type;
     return value;
   }
-  static constexpr int kMost = 10;
+  static constexpr int kMost = 14;
   int count_ = 0;
   TVMFFIAny values_[kMost];
   DLTensor tensors_[kMost];
