@@ -112,10 +112,10 @@ def quantize(weight: HostArray | npt.NDArray[Any], config: MoEConfig, name: str 
         grouped = padded.reshape(len(padded), count, group)
         if not np.isfinite(grouped).all():
             raise WeightsError(f"{name} has values that are not finite, which no {config.weight_dtype} code stands for")
-        some, scales[rows], offset = _to_mxfp4(grouped) if mxfp4 else _to_integers(grouped, config, name)
+        some, scales[rows], offsets = _to_mxfp4(grouped) if mxfp4 else _to_integers(grouped, config, name)
         codes[rows] = some.reshape(padded.shape)[:, :k]
-        if zeros is not None:
-            zeros[rows] = offset
+        if zeros is not None and offsets is not None:
+            zeros[rows] = offsets
     return Quantized(codes, scales, zeros)
 
 
@@ -175,7 +175,7 @@ def _to_mxfp4(grouped: Floats) -> tuple[Codes, npt.NDArray[Any], None]:
     # Neighbours are 1/2 apart below 2, 1 below 4, and 2 above. The offsets are even, so that ties go to even codes.
     codes = np.where(scaled < 2, np.rint(2 * scaled), np.where(scaled < 4, np.rint(scaled) + 2, np.rint(scaled / 2) + 4))
     codes = np.minimum(codes, 7).astype(np.uint8) | (np.signbit(grouped).astype(np.uint8) << 3)
-    return codes, (exponent + E8M0_BIAS).astype(np.uint8)
+    return codes, (exponent + E8M0_BIAS).astype(np.uint8), None
 
 
 def _stored(values: Floats | npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
