@@ -11,9 +11,11 @@ import numpy.typing as npt
 from . import arrays
 from .arrays import HostArray
 from .config import MoEConfig
+from .quantization import Quantized, quantize
 from .weights import WeightSource
 
 Array = npt.NDArray[Any]
+ROW_OFFSET = 128  # what rows of bytes add to their codes
 
 
 class Packer:
@@ -59,8 +61,7 @@ class Packer:
         """Some of the routed experts."""
         for e in experts:
             expert = source.expert(e)
-            self._write("up", e, expert.get("gate"), expert["up"])
-            self._write("down", e, expert["down"])
+            self._projections("", e, expert)
             if self.config.expert_bias:
                 biases = {name: HostArray(self._rounded(b), "float32") for name, b in expert.items() if name.endswith("bias")}
                 self._write("up_bias", e, biases.get("gate_bias"), biases["up_bias"])
@@ -69,8 +70,28 @@ class Packer:
     def shared(self, source: WeightSource) -> None:
         """The shared expert, when there is one."""
         if shared := source.shared():
-            self._write("shared_up", 0, shared.get("gate"), shared["up"])
-            self._write("shared_down", 0, shared["down"])
+            self._projections("shared_", 0, shared)
+
+    def _projections(self, prefix: str, expert: int, given: Mapping[str, HostArray | Quantized]) -> None:
+        """Gate, up and down of one expert; where the layer stores codes, weights of floats are rounded to them."""
+        for name, parts in ((f"{prefix}up", (given.get("gate"), given["up"])), (f"{prefix}down", (given["down"],))):
+            if not self.config.low_bit:
+                self._write(name, expert, *parts)
+                continue
+            codes = [part if isinstance(part, Quantized) else quantize(part, self.config, name) for part in parts if part is not None]
+            self._write(name, expert, *(HostArray(q.codes.view(np.uint8), "uint8") for q in codes))
+            self._write(f"{name}_scale", expert, *(HostArray(q.scales, str(q.scales.dtype)) for q in codes))
+            if self.config.weight_zero_point:
+                self._write(f"{name}_zero", expert, *(HostArray(_zeros(q), "int8") for q in codes))
+            if f"{name}_offset" in self.segments:
+                blocks = self.segments[f"{name}_offset"][1]["shape"][2]
+                length = self._terms(name) // blocks
+                self._write(f"{name}_offset", expert, *(HostArray(byte_offsets(q, blocks, length), "int32") for q in codes))
+
+    def _terms(self, name: str) -> int:
+        """Stored length of the dot products of `name`."""
+        *_, words, _, _, together = self.segments[name][1]["shape"]
+        return int(words * together)
 
     def _rounded(self, array: HostArray) -> Array:
         """float32 values of the layer's type: router and biases are stored wide, but hold what the type can."""
@@ -78,8 +99,31 @@ class Packer:
 
     def _write(self, name: str, expert: int, *parts: HostArray | None) -> None:
         index, segment = self.segments[name]
-        stored = [readable(arrays.to_storage(part, segment["dtype"])) for part in parts if part is not None]
+        stored = [readable(_as_stored(part, segment["dtype"])) for part in parts if part is not None]
         self.function(self.blob, index, expert, stored[0], stored[1] if len(stored) > 1 else None, self.pool)
+
+
+def byte_offsets(quantized: Quantized, blocks: int, length: int) -> Array:
+    """int32 [n, blocks]: what the offset of 128 in rows of bytes adds to the sum over each block of `length` terms."""
+    centred = quantized.codes.astype(np.int32)
+    n, k = centred.shape
+    if quantized.zeros is not None:
+        group = k if quantized.zeros.shape[1] == 1 else length
+        centred -= np.repeat(quantized.zeros.astype(np.int32), group, axis=1)[:, :k]
+    starts = np.minimum(np.arange(blocks) * length, k)
+    sums = np.add.reduceat(np.pad(centred, ((0, 0), (0, 1))), starts, axis=1)
+    offsets: Array = (sums * ROW_OFFSET).astype(np.int32)
+    return offsets
+
+
+def _zeros(quantized: Quantized) -> Array:
+    assert quantized.zeros is not None
+    return quantized.zeros
+
+
+def _as_stored(part: HostArray, dtype: str) -> Array:
+    """Codes as they are, floats rounded to the type of the segment."""
+    return arrays.to_storage(part, dtype) if dtype in arrays.STORAGE else part.data
 
 
 def _present(array: HostArray | None) -> HostArray:

@@ -21,24 +21,16 @@ def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite
         sch.reorder(block, row, chunk, lanes)
         sch.vectorize(lanes)
         return []
-    codes = sch.get_sblock("codes", name)
-    row = sch.get_loops(codes)[0] if name == "quantize" else _rows_outside(sch, codes)
+    row = sch.get_loops(sch.get_sblock("scale", name))[-1]
     part = sch.get_sblock("part", name)
-    for stage in (sch.get_sblock("scale", name), sch.get_sblock("size", name), part):
+    for stage in (sch.get_sblock("size", name), part):
         sch.compute_at(stage, row, preserve_unit_loops=True)
     *_, lanes, reduced = sch.get_loops(part)
     sch.reorder(reduced, lanes)
     sch.vectorize(lanes)
     sch.decompose_reduction(part, reduced)
-    column = sch.get_loops(codes)[-1]
+    *_, column = sch.get_loops(sch.get_sblock("codes", name))
     if name == "quantize":
         _, column = sch.split(column, [None, LANES])
     sch.vectorize(column)
     return []
-
-
-def _rows_outside(sch: Any, codes: Any) -> Any:
-    """Puts the rows of a block outside its panels; returns their loop."""
-    block, panel, row, column = sch.get_loops(codes)
-    sch.reorder(block, row, panel, column)
-    return row
