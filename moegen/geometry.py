@@ -231,38 +231,24 @@ class Geometry:
         k_chunks, k_blocks = self._blocked(_ceil_div(c.hidden, ROW_CHUNK), ROW_CHUNK)
         columns = lanes * (1 if c.gated else VECTORS)
         panels, _ = self._blocked(_ceil_div(intermediate, columns), columns)
-        return Product(
-            count,
-            c.hidden,
-            ROW_CHUNK,
-            k_chunks,
-            k_blocks,
-            intermediate,
-            panels,
-            lanes,
-            c.gated,
-            self._pair,
-            self._stored,
-            c.weight_group,
-        )
+        sizes = (count, c.hidden, ROW_CHUNK, k_chunks, k_blocks, intermediate, panels, lanes)
+        return Product(*sizes, c.gated, **self._stored)
 
     def _down(self, up: Product) -> Product:
         """Its rows are the panels that `up` wrote."""
         c, lanes = self.config, self.tiling.lanes
         k_chunks, k_blocks = self._blocked(up.panels, up.columns)
         panels = _ceil_div(c.hidden, VECTORS * lanes)
-        return Product(
-            up.count, up.n, up.columns, k_chunks, k_blocks, c.hidden, panels, lanes, False, self._pair, self._stored, c.weight_group, self.tiling.byte_dot
-        )
+        sizes = (up.count, up.n, up.columns, k_chunks, k_blocks, c.hidden, panels, lanes)
+        return Product(*sizes, False, **self._stored)
 
     @property
-    def _pair(self) -> int:
-        """Terms that the experts' products take at a time."""
-        return self.tiling.pair if self.config.activation_dtype == "same" else BYTES
-
-    @property
-    def _stored(self) -> str:
-        return self.config.weight_dtype if self.config.low_bit else self.config.dtype
+    def _stored(self) -> dict[str, Any]:
+        """How the experts' rows and weights are stored."""
+        c, t = self.config, self.tiling
+        weight_dtype = c.weight_dtype if c.low_bit else c.dtype
+        pair = t.pair if c.activation_dtype == "same" else BYTES
+        return {"pair": pair, "weight_dtype": weight_dtype, "group": c.weight_group, "byte_dot": t.byte_dot}
 
     def _blocked(self, chunks: int, chunk: int) -> tuple[int, int]:
         """(chunks rounded up so that the blocks are equal, number of blocks); a group of weights that share a scale is a block."""

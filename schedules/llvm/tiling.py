@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moegen.config import MoEConfig
 from moegen.errors import ScheduleError
-from moegen.geometry import VECTORS, Regime, Tiling
+from moegen.geometry import BYTES, VECTORS, Regime, Tiling
 from moegen.target import Target
 
 K_BLOCK = 512
@@ -26,7 +26,8 @@ def default(config: MoEConfig, target: Target) -> Tiling:
     pair = 2 if _has_dot(config, target, target.lanes) else 1
     chunk_rows = CHUNK_ROWS * pair // max_rows * max_rows
     byte_dot = _has_byte_dot(config, target, target.lanes)
-    return Tiling(target.lanes, max_rows, chunk_rows, K_BLOCK * pair, pair, byte_dot)
+    terms = pair if config.activation_dtype == "same" else BYTES
+    return Tiling(target.lanes, max_rows, chunk_rows, K_BLOCK * terms, pair, byte_dot)
 
 
 def _decoding(config: MoEConfig) -> int:
