@@ -94,6 +94,8 @@ def checkpoint_format_beside(path: Path) -> str | None:
             continue
         if isinstance(raw, dict):
             raw = raw.get("quantization_config", raw)
-        if isinstance(raw, dict) and raw.get("checkpoint_format") in GPTQ_FORMATS:
-            return str(raw["checkpoint_format"])
+        if isinstance(raw, dict):
+            said = raw.get("checkpoint_format", raw.get("format"))  # "format" since GPTQModel 5
+            if isinstance(said, str) and said in GPTQ_FORMATS:
+                return said
     return None
