@@ -194,7 +194,7 @@ class Parts:
     def _read_int_quantized(self, picked: slice) -> Quantized:
         zeros = self.arrays.get("weight_zero_point")
         return Quantized(
-            self.arrays["weight"].data[picked],
+            np.ascontiguousarray(self.arrays["weight"].data[picked]),
             self._picked_scales(picked),
             None if zeros is None else zeros.data[picked],
         )

@@ -348,7 +348,8 @@ def _entering(config: MoEConfig, rows: Floats) -> Floats:
     if config.activation_dtype == "same":
         return rows
     codes, scales = quantize_rows(rows)
-    return codes * scales.astype(np.float64)
+    meant: Floats = codes.astype(np.float64) * scales
+    return meant
 
 
 def _linear(weights: Mapping[str, Floats], name: str, x: Floats) -> Floats:
