@@ -2,7 +2,8 @@
 
 Each function below states one model family's router as transformers 5.23 computes it (`models/<type>/modeling_*.py`); a field
 that the dict lacks takes the default of that family's configuration class. Fields that do not concern the MoE layer are
-ignored, as are those that act in training only (router_jitter_noise, router_aux_loss_coef, ...).
+ignored, as are those that act in training only (router_jitter_noise, router_aux_loss_coef, ...). `moegen.hf_quantization` reads
+the quantization_config.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .hf_quantization import low_bit_fields
+from .hf_source import Source
 
 Fields = dict[str, Any]
 
@@ -26,58 +29,7 @@ _UNGATED = {"relu2": "relu2", "relu": "relu", "silu": "silu", "swish": "silu", "
 _UNGATED |= dict.fromkeys(_GELU_TANH, "gelu_tanh")
 
 
-class _Source:
-    """One configuration dict, read field by field; every complaint names the field, its value and what is supported."""
-
-    def __init__(self, model_type: str, raw: Mapping[str, Any]) -> None:
-        self.model_type = model_type
-        self.raw = raw
-
-    def reject(self, name: str, supported: str) -> ConfigError:
-        return ConfigError(f"{self.model_type}: {name}={self.raw.get(name)!r} is not supported; supported: {supported}")
-
-    def integer(self, *names: str, default: int | None = None) -> int:
-        """The first of `names` that is there; the others are aliases and must not contradict it."""
-        given = [name for name in names if name in self.raw]
-        if not given and default is not None:
-            return default
-        if not given or (default is None and self.raw[given[0]] is None):
-            raise ConfigError(f"{self.model_type}: field {names[0]!r} is required")
-        for name in given:
-            if isinstance(self.raw[name], bool) or not isinstance(self.raw[name], int):
-                raise self.reject(name, "a whole number")
-            if self.raw[name] != self.raw[given[0]]:
-                raise ConfigError(
-                    f"{self.model_type}: {given[0]}={self.raw[given[0]]!r} and {name}={self.raw[name]!r} are the same field "
-                    "with two values"
-                )
-        return int(self.raw[given[0]])
-
-    def number(self, name: str, default: float) -> float:
-        value = self.raw.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.reject(name, "a number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.raw.get(name, default)
-        if value is not None and not isinstance(value, bool):
-            raise self.reject(name, "true or false")
-        return bool(value)
-
-    def activation(self, name: str, known: Mapping[str, str], default: str) -> str:
-        value = self.raw.get(name, default)
-        if not isinstance(value, str) or value not in known:
-            raise self.reject(name, ", ".join(known))
-        return known[value]
-
-    def must_be(self, name: str, *allowed: Any) -> None:
-        """The field, where it is given, has to have one of these values."""
-        if self.raw.get(name, allowed[0]) not in allowed:
-            raise self.reject(name, ", ".join(repr(a) for a in allowed if a is not None) or "null")
-
-
-def _mixtral(s: _Source) -> Fields:
+def _mixtral(s: Source) -> Fields:
     return {
         "experts": s.integer("num_local_experts", "num_experts", default=8),
         "top_k": s.integer("num_experts_per_tok", default=2),
@@ -89,7 +41,7 @@ def _mixtral(s: _Source) -> Fields:
     }
 
 
-def _qwen2_moe(s: _Source) -> Fields:
+def _qwen2_moe(s: Source) -> Fields:
     shared = s.integer("shared_expert_intermediate_size", default=5632)
     return {
         "experts": s.integer("num_experts", default=60),
@@ -104,7 +56,7 @@ def _qwen2_moe(s: _Source) -> Fields:
     }
 
 
-def _qwen3_moe(s: _Source) -> Fields:
+def _qwen3_moe(s: Source) -> Fields:
     return {
         "experts": s.integer("num_local_experts", "num_experts", default=128),
         "top_k": s.integer("num_experts_per_tok", default=8),
@@ -116,7 +68,7 @@ def _qwen3_moe(s: _Source) -> Fields:
     }
 
 
-def _olmoe(s: _Source) -> Fields:
+def _olmoe(s: Source) -> Fields:
     return {
         "experts": s.integer("num_experts", "num_local_experts", default=64),
         "top_k": s.integer("num_experts_per_tok", default=8),
@@ -128,7 +80,7 @@ def _olmoe(s: _Source) -> Fields:
     }
 
 
-def _deepseek_v2(s: _Source) -> Fields:
+def _deepseek_v2(s: Source) -> Fields:
     s.must_be("topk_method", "greedy", "group_limited_greedy")
     s.must_be("scoring_func", "softmax", None)
     s.must_be("mlp_bias", False, None)  # would put biases on the shared expert
@@ -151,7 +103,7 @@ def _deepseek_v2(s: _Source) -> Fields:
     return fields
 
 
-def _sigmoid_router(s: _Source, *, top_k: int, scaling: float, groups: int, topk_group: int) -> Fields:
+def _sigmoid_router(s: Source, *, top_k: int, scaling: float, groups: int, topk_group: int) -> Fields:
     """DeepSeek-V3's router (arXiv:2412.19437), which GLM-4-MoE and Nemotron-H share but for the defaults."""
     s.must_be("topk_method", "noaux_tc", None)
     s.must_be("scoring_func", "sigmoid", None)
@@ -167,7 +119,7 @@ def _sigmoid_router(s: _Source, *, top_k: int, scaling: float, groups: int, topk
     }
 
 
-def _deepseek_v3(s: _Source) -> Fields:
+def _deepseek_v3(s: Source) -> Fields:
     width = s.integer("moe_intermediate_size", default=2048)
     return _sigmoid_router(s, top_k=8, scaling=2.5, groups=8, topk_group=4) | {
         "experts": s.integer("n_routed_experts", "num_local_experts", default=256),
@@ -178,7 +130,7 @@ def _deepseek_v3(s: _Source) -> Fields:
     }
 
 
-def _glm4_moe(s: _Source) -> Fields:
+def _glm4_moe(s: Source) -> Fields:
     width = s.integer("moe_intermediate_size", default=1408)
     return _sigmoid_router(s, top_k=8, scaling=1.0, groups=1, topk_group=1) | {
         "experts": s.integer("n_routed_experts", "num_local_experts", default=128),
@@ -189,7 +141,7 @@ def _glm4_moe(s: _Source) -> Fields:
     }
 
 
-def _nemotron_h(s: _Source) -> Fields:
+def _nemotron_h(s: Source) -> Fields:
     s.must_be("moe_latent_size", None)
     s.must_be("mlp_bias", False)
     # transformers always builds one shared expert and never reads the count; other engines multiply by it.
@@ -204,7 +156,7 @@ def _nemotron_h(s: _Source) -> Fields:
     }
 
 
-def _gpt_oss(s: _Source) -> Fields:
+def _gpt_oss(s: Source) -> Fields:
     s.activation("hidden_act", _SILU, "silu")  # the sigmoid of the clamped SwiGLU is fixed; anything else would be a lie
     return {
         "experts": s.integer("num_local_experts", "num_experts", default=128),
@@ -221,7 +173,7 @@ def _gpt_oss(s: _Source) -> Fields:
     }
 
 
-def _llama4_text(s: _Source) -> Fields:
+def _llama4_text(s: Source) -> Fields:
     width = s.integer("intermediate_size", default=8192)
     return {
         "experts": s.integer("num_local_experts", default=16),
@@ -236,7 +188,7 @@ def _llama4_text(s: _Source) -> Fields:
     }
 
 
-_READERS: dict[str, Callable[[_Source], Fields]] = {
+_READERS: dict[str, Callable[[Source], Fields]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
@@ -273,9 +225,8 @@ def fields_from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> Fields
         if not isinstance(raw.get("text_config"), Mapping):
             raise ConfigError("llama4: field 'text_config' is required and must be an object")
         layers.insert(0, raw["text_config"])
-    for layer in layers:
-        _reject_quantized(_Source(model_type, layer))
-    return _READERS[model_type](_Source(model_type, layers[0])) | {"dtype": _dtype(layers)}
+    dtype = _dtype(layers)
+    return _READERS[model_type](Source(model_type, layers[0])) | {"dtype": dtype} | low_bit_fields(model_type, layers, dtype)
 
 
 def _dtype(layers: list[Mapping[str, Any]]) -> str:
@@ -290,17 +241,6 @@ def _dtype(layers: list[Mapping[str, Any]]) -> str:
                 raise ConfigError(f"{name}={value!r} is not supported; supported: {', '.join(_DTYPES)}")
             return dtype
     return "float32"
-
-
-def _reject_quantized(s: _Source) -> None:
-    quantization = s.raw.get("quantization_config")
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    raise ConfigError(
-        f"{s.model_type}: quantization_config ({method!r}) is not supported; supported: {', '.join(_DTYPES)} weights "
-        "(dequantize the checkpoint and drop the field)"
-    )
 
 
 def _read_json(source: Any) -> Mapping[str, Any]:

@@ -5,6 +5,11 @@ Sizes follow one alphabet: T tokens, E experts, K top-k, H hidden, I intermediat
 
 Weights are a mapping from the names of `weight_shapes` to arrays of any floating type. A function reads the names it needs,
 ignores the others, and widens to float64 one expert at a time. Infinities and NaN propagate as in IEEE 754, without warnings.
+
+A layer in few bits computes with what its codes stand for: `dequantized` gives these weights where the layer rounds them itself,
+`moegen.weights.WeightSource.to_float32` where codes were given. Of `config`'s fields for it only `activation_dtype` matters here:
+with "int8" the rows that enter a projection of an expert are rounded first (`moegen.quantization.quantize_rows`), in float32
+as a kernel does it. A kernel's rows differ from these by their own rounding, so that a value near a tie may take the next code.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import numpy.typing as npt
 
 from .config import DTYPES, MoEConfig, weight_shapes
 from .errors import ConfigError, InputError, MoegenError, WeightsError
+from .quantization import dequantize, quantize, quantize_rows
 
 Floats = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
@@ -270,7 +276,9 @@ def experts(
 ) -> Floats:
     """The routed experts: y[t] = sum_k w[t,k] * FFN_{ids[t,k]}(x[t]), or FFN(w * x) with `weight_on_input`.
 
-    FFN(x) = activate(x @ gate.T + b, x @ up.T + b) @ down.T + b. Capacity is not applied here: `kept` decides.
+    FFN(x) = activate(x @ gate.T + b, x @ up.T + b) @ down.T + b. Capacity is not applied here: `kept` decides. With
+    `activation_dtype="int8"` both products take rows rounded to int8, of x (of w * x with `weight_on_input`) and of the
+    activation's output.
 
     Args:
         weights: `experts.*` in the names of `weight_shapes`.
@@ -330,8 +338,18 @@ def moe(config: MoEConfig, weights: Weights, x: npt.ArrayLike) -> tuple[Floats, 
 
 
 def _ffn(config: MoEConfig, weights: Mapping[str, Floats], x: Floats) -> Floats:
-    gate = _linear(weights, "gate", x) if config.gated else None
-    return _linear(weights, "down", activate(config, gate, _linear(weights, "up", x)))
+    rows = _entering(config, x)
+    gate = _linear(weights, "gate", rows) if config.gated else None
+    return _linear(weights, "down", _entering(config, activate(config, gate, _linear(weights, "up", rows))))
+
+
+def _entering(config: MoEConfig, rows: Floats) -> Floats:
+    """The rows that a projection multiplies with: as they are, or as int8 codes stand for them."""
+    if config.activation_dtype == "same":
+        return rows
+    codes, scales = quantize_rows(rows)
+    meant: Floats = codes.astype(np.float64) * scales
+    return meant
 
 
 def _linear(weights: Mapping[str, Floats], name: str, x: Floats) -> Floats:
@@ -344,6 +362,37 @@ def _ffn_weights(config: MoEConfig, weights: Weights, part: str, expert: int | N
     """The weights of one FFN, float64, named without their `part` ("experts" or "shared")."""
     names = [name for name in weight_shapes(config) if name.startswith(f"{part}.")]
     return {name.removeprefix(f"{part}."): _weight(config, weights, name, expert) for name in names}
+
+
+# ---------------------------------------------------------------- few bits
+
+
+def dequantized(config: MoEConfig, weights: Weights) -> dict[str, npt.NDArray[Any]]:
+    """The weights that a layer in few bits computes with, when it rounds float weights itself.
+
+    Every projection of the experts and of the shared expert is rounded to codes (`moegen.quantization.quantize`) and comes back
+    as float64 values; the other weights are the same arrays, as are all of them with weight_dtype "same". Rounding twice is not
+    rounding once: weights that a checkpoint had in few bits come from `moegen.weights.WeightSource.to_float32` instead.
+
+    Args:
+        weights: the names of `weight_shapes`, float arrays.
+
+    Raises:
+        WeightsError: a projection is missing, has the wrong shape, or cannot be stored (see `quantize`).
+    """
+    found: dict[str, npt.NDArray[Any]] = dict(weights)
+    if not config.low_bit:
+        return found
+    for name, shape in weight_shapes(config).items():
+        if not name.startswith(("experts.", "shared.")) or not name.endswith(".weight"):
+            continue
+        values = np.empty(shape, np.float64)
+        experts = range(config.experts) if len(shape) == 3 else (None,)
+        for e in experts:
+            matrix = _weight(config, weights, name, e)
+            values[e if e is not None else ...] = dequantize(quantize(matrix, config, name), config)
+        found[name] = values
+    return found
 
 
 # ---------------------------------------------------------------- arguments
