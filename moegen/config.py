@@ -66,7 +66,7 @@ class MoEConfig:
         swiglu_alpha, swiglu_limit: constants of `swiglu_clamped`.
         balance_coefficient: base of the adaptive load-balancing coefficient, base * (1 + variance of expert usage).
         weight_dtype: how the experts' projections are stored, the shared expert's among them: `same` as dtype, `int8` or `int4`
-            (scale * (code - zero point)), or `mxfp4` (4-bit floats with a power of two for each 32, OCP Microscaling v1.0; gpt-oss).
+            (scale * (code - zero point)), or `mxfp4` (4-bit floats, a power of two for each 32; OCP Microscaling v1.0, gpt-oss).
         weight_group: consecutive terms of a dot product that share a scale: 32, 64, 128, or 0 for all of them, which int4 reads as
             128 and mxfp4 as 32.
         weight_zero_point: int8 and int4 codes have a zero point for each scale.

@@ -78,7 +78,9 @@ class Packer:
             if not self.config.low_bit:
                 self._write(name, expert, *parts)
                 continue
-            codes = [part if isinstance(part, Quantized) else quantize(part, self.config, name) for part in parts if part is not None]
+            codes = [
+                part if isinstance(part, Quantized) else quantize(part, self.config, name) for part in parts if part is not None
+            ]
             self._write(name, expert, *(HostArray(q.codes.view(np.uint8), "uint8") for q in codes))
             self._write(f"{name}_scale", expert, *(HostArray(q.scales, str(q.scales.dtype)) for q in codes))
             if self.config.weight_zero_point:
