@@ -78,9 +78,7 @@ class Packer:
             if not self.config.low_bit:
                 self._write(name, expert, *parts)
                 continue
-            codes = [
-                part if isinstance(part, Quantized) else quantize(part, self.config, name) for part in parts if part is not None
-            ]
+            codes = [p if isinstance(p, Quantized) else quantize(p, self.config, name) for p in parts if p is not None]
             self._write(name, expert, *(HostArray(q.codes.view(np.uint8), "uint8") for q in codes))
             self._write(f"{name}_scale", expert, *(HostArray(q.scales, str(q.scales.dtype)) for q in codes))
             if self.config.weight_zero_point:
@@ -108,7 +106,7 @@ class Packer:
 def byte_offsets(quantized: Quantized, blocks: int, length: int) -> Array:
     """int32 [n, blocks]: what the offset of 128 in rows of bytes adds to the sum over each block of `length` terms."""
     centred = quantized.codes.astype(np.int32)
-    n, k = centred.shape
+    k = centred.shape[1]
     if quantized.zeros is not None:
         group = k if quantized.zeros.shape[1] == 1 else length
         centred -= np.repeat(quantized.zeros.astype(np.int32), group, axis=1)[:, :k]

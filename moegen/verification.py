@@ -19,7 +19,7 @@ from . import arrays, reference
 from .arrays import HostArray
 from .artifact import Artifact, check_loadable, open_artifact
 from .checkpoints import from_quantized
-from .config import weight_shapes
+from .config import MoEConfig, weight_shapes
 from .orientation import Matrix
 from .quantization import quantize
 from .runtime import Layer, Module, Routing
@@ -134,7 +134,8 @@ class _Proof:
         array = _stored(value, self.config.dtype)
         if not self.config.low_bit or not name.endswith(".weight") or name == "shared_gate.weight":
             return array
-        return from_quantized(quantize(array, self.config, name), self.config, *value.shape, name)
+        n, k = value.shape
+        return from_quantized(quantize(array, self.config, name), self.config, n, k, name)
 
     def _source(self, router: dict[str, Array]) -> WeightSource:
         return WeightSource(self.config, self.stored | {name: HostArray(value, "float32") for name, value in router.items()})

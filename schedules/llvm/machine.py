@@ -14,7 +14,8 @@ DOT_FUNCTIONS = {stored: name.replace(".", "_") for stored, name in DOTS.items()
 _FEATURES = '"target-features"="+avx512bf16,+avx512f,+avx512bw,+avx512vl"'
 _VNNI_FEATURES = '"target-features"="+avx512vnni,+avx512f,+avx512bw,+avx512vl"'
 
-_DPBF16 = "declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)"
+_DPBF16_NAME = "@llvm.x86.avx512bf16.dpbf16ps.512"
+_DPBF16 = f"declare <16 x float> {_DPBF16_NAME}(<16 x float>, <32 x bfloat>, <32 x bfloat>)"
 
 
 def _dot(result: str, sums: str, row: str, weights: str) -> str:
@@ -22,7 +23,7 @@ def _dot(result: str, sums: str, row: str, weights: str) -> str:
     return f"""  %{result}.1 = insertelement <16 x i32> poison, i32 {row}, i32 0
   %{result}.2 = shufflevector <16 x i32> %{result}.1, <16 x i32> poison, <16 x i32> zeroinitializer
   %{result}.3 = bitcast <16 x i32> %{result}.2 to <32 x bfloat>
-  %{result} = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> {sums}, <32 x bfloat> %{result}.3, <32 x bfloat> {weights})"""
+  %{result} = call <16 x float> {_DPBF16_NAME}(<16 x float> {sums}, <32 x bfloat> %{result}.3, <32 x bfloat> {weights})"""
 
 
 # c[i] + a[0] * b[i][0] + a[1] * b[i][1] for 16 lanes. Vectors go by value: pointers would keep the sums in memory.
