@@ -104,16 +104,17 @@ class Packer:
 
 
 def byte_offsets(quantized: Quantized, blocks: int, length: int) -> Array:
-    """int32 [n, blocks]: what the offset of 128 in rows of bytes adds to the sum over each block of `length` terms."""
-    centred = quantized.codes.astype(np.int32)
-    k = centred.shape[1]
+    """int32 [n, blocks]: what the offset of 128 in rows of bytes adds to the sum over each block of `length` terms.
+
+    The terms that padding adds are there too: their code is 0, but the zero point is not.
+    """
+    n, k = quantized.shape
+    codes = np.zeros((n, blocks * length), np.int32)
+    codes[:, :k] = quantized.codes
+    sums = codes.reshape(n, blocks, length).sum(axis=-1, dtype=np.int32)
     if quantized.zeros is not None:
-        group = k if quantized.zeros.shape[1] == 1 else length
-        centred -= np.repeat(quantized.zeros.astype(np.int32), group, axis=1)[:, :k]
-    starts = np.minimum(np.arange(blocks) * length, k)
-    sums = np.add.reduceat(np.pad(centred, ((0, 0), (0, 1))), starts, axis=1)
-    offsets: Array = (sums * ROW_OFFSET).astype(np.int32)
-    return offsets
+        sums -= length * quantized.zeros.astype(np.int32)
+    return sums * ROW_OFFSET
 
 
 def _zeros(quantized: Quantized) -> Array:

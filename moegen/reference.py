@@ -277,8 +277,8 @@ def experts(
     """The routed experts: y[t] = sum_k w[t,k] * FFN_{ids[t,k]}(x[t]), or FFN(w * x) with `weight_on_input`.
 
     FFN(x) = activate(x @ gate.T + b, x @ up.T + b) @ down.T + b. Capacity is not applied here: `kept` decides. With
-    `activation_dtype="int8"` both products take rows rounded to int8, of x (of w * x with `weight_on_input`) and of the
-    activation's output.
+    `activation_dtype="int8"` both products take rows rounded to int8, of x (which w multiplies afterwards with
+    `weight_on_input`) and of the activation's output.
 
     Args:
         weights: `experts.*` in the names of `weight_shapes`.
@@ -310,7 +310,7 @@ def experts(
             tokens, slots = np.nonzero((chosen == e) & keep)
             scale = w[tokens, slots, None]
             ffn = _ffn_weights(config, weights, "experts", int(e))
-            rows = _ffn(config, ffn, scale * x64[tokens]) if config.weight_on_input else scale * _ffn(config, ffn, x64[tokens])
+            rows = _ffn(config, ffn, x64[tokens], scale) if config.weight_on_input else scale * _ffn(config, ffn, x64[tokens])
             np.add.at(y, tokens, rows)  # not +=, which would lose an expert that given ids name twice for a token
     return y
 
@@ -337,8 +337,8 @@ def moe(config: MoEConfig, weights: Weights, x: npt.ArrayLike) -> tuple[Floats, 
     return y, routing
 
 
-def _ffn(config: MoEConfig, weights: Mapping[str, Floats], x: Floats) -> Floats:
-    rows = _entering(config, x)
+def _ffn(config: MoEConfig, weights: Mapping[str, Floats], x: Floats, scale: Floats | float = 1.0) -> Floats:
+    rows = _entering(config, x) * scale
     gate = _linear(weights, "gate", rows) if config.gated else None
     return _linear(weights, "down", _entering(config, activate(config, gate, _linear(weights, "up", rows))))
 
