@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tracemalloc
@@ -202,6 +203,24 @@ def test_sizes_that_words_do_not_divide(n, k, words):
     q = made_up(INT4, n, k)
     with pytest.raises(WeightsError, match=words):
         open_matrix(pack.gptq(q, 4, 32) | {"qweight": np.zeros((k // 8, n), np.int32)}, INT4, n, k, "w")
+
+
+PARTS = sorted({*GPTQ, *AWQ, *PACKED, *PLAIN, *BLOCKS, "weight_zero_point", "weight_g_idx"})
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 8, 16, 64]), max_size=3).map(tuple)
+DTYPES = st.sampled_from(["int32", "int8", "uint8", "float16", "float32", "int64", "bool"])
+
+
+@given(
+    st.sampled_from([INT4, INT8, MXFP4, layer("int4", zeros=True)]),
+    st.sampled_from([GPTQ, AWQ, PACKED, PLAIN, BLOCKS]),
+    st.dictionaries(st.sampled_from(PARTS), st.tuples(SHAPES, DTYPES), max_size=2),
+)
+@settings(max_examples=300, deadline=None)
+def test_nothing_but_complaints_about_hostile_arrays(config, good, changes):
+    bad = good | {part: np.ones(shape, dtype) for part, (shape, dtype) in changes.items()}
+    with contextlib.suppress(WeightsError):
+        q = open_matrix(bad, config, 8, 64, "w").read()
+        assert q.codes.shape == (8, 64)
 
 
 def test_quantized_by_the_caller():
