@@ -119,6 +119,16 @@ def test_scales_of_other_types():
         open_matrix(wide, config, 8, 64, "w").read()
 
 
+def test_zero_points_that_are_zero_may_be_there_or_not():
+    for q, arrays in ((made_up(INT4, 8, 64), PACKED), (made_up(INT8, 8, 64), PLAIN)):
+        config = layer("int4" if arrays is PACKED else "int8", zeros=True)
+        zeros = np.zeros((8, 2), np.int8)
+        filled = dataclasses.replace(q, zeros=zeros)
+        same(open_matrix(arrays, config, 8, 64, "w").rows(slice(1, None, 2)).read(), filled.rows(slice(1, None, 2)))
+        explicit = pack.pack_quantized(filled, 4) if arrays is PACKED else pack.int_quantized(filled)
+        same(open_matrix(explicit, dataclasses.replace(config, weight_zero_point=False), 8, 64, "w").read(), q)
+
+
 def test_group_indices():
     config = layer("int4")
     q = made_up(config, 8, 64)
@@ -162,9 +172,8 @@ def without(arrays, name):
         (INT4, BLOCKS, ["weight_dtype='mxfp4'", "weight_dtype='int4'"]),
         (MXFP4, GPTQ, ["weight_dtype='mxfp4'", "weight_dtype='int4'"]),
         (MXFP4, PLAIN, ["weight_dtype='mxfp4'", "'int8'"]),
-        (INT4, pack.awq(made_up(layer("int4", zeros=True), 8, 64)), ["zero points other than 8", "weight_zero_point=True"]),
-        (INT4, pack.gptq(made_up(layer("int4", zeros=True), 8, 64), 4, 32), ["zero points other than 8", "weight_zero_point=True"]),
-        (layer("int4", zeros=True), PACKED, ["weight_zero_point=False", "weight_zero_point=True"]),
+        (INT4, pack.awq(made_up(layer("int4", zeros=True), 8, 64)), ["zero points other than", "weight_zero_point=True"]),
+        (INT4, pack.gptq(made_up(layer("int4", zeros=True), 8, 64), 4, 32), ["zero points other than", "weight_zero_point=True"]),
         (INT4, pack.pack_quantized(made_up(layer("int4", zeros=True), 8, 64), 4), ["weight_zero_point=True"]),
         (INT4, without(GPTQ, "scales"), ["scales is missing", "GPTQ"]),
         (INT4, without(AWQ, "qzeros"), ["qzeros is missing", "AWQ"]),
@@ -185,7 +194,7 @@ def without(arrays, name):
         (INT4, PACKED | {"weight_shape": np.array([8, 60])}, ["weight_shape", "(8, 60)", "(8, 64)"]),
         (INT4, PACKED | {"weight_shape": np.array([8.0, 64.0])}, ["weight_shape", "float64"]),
         (INT8, PLAIN | {"weight": PLAIN["weight"].astype(np.float32)}, ["weight", "float32", "int8"]),
-        (INT8, PLAIN | {"weight_zero_point": np.zeros((8, 2), np.int8)}, ["weight_zero_point=True"]),
+        (INT8, PLAIN | {"weight_zero_point": np.ones((8, 2), np.int8)}, ["weight_zero_point=True"]),
         (MXFP4, BLOCKS | {"blocks": BLOCKS["blocks"][:, :1]}, ["blocks", "(8, 1, 16)", "(8, 2, 16)"]),
         (MXFP4, BLOCKS | {"scales": np.full((8, 2), 255, np.uint8)}, ["255", "NaN"]),
         (MXFP4, BLOCKS | {"scales": "x"}, ["scales", "str"]),
