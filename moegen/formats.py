@@ -8,7 +8,7 @@ b is the bits of a code, G the groups of k.
 * AWQ ("gemm"): qweight int32 [k, n/8] and qzeros int32 [G, n/8], where the 8 codes of a word belong to columns 0, 2, 4, 6, 1, 3,
   5, 7 of its 8; scales [G, n]; 4 bits. It shares GPTQ's names and is told from it by the shape of qweight: k/8 and k rows.
 * compressed-tensors "pack-quantized": weight_packed int32 [n, ceil(k*b/32)], weight_scale [n, G], weight_zero_point int32
-  [ceil(n*b/32), G] packed along n, weight_shape [2] = (n, k).
+  [ceil(n*b/32), G] packed along n, weight_shape [2] = (n, k). Zero points that are missing are 0.
 * compressed-tensors "int-quantized": weight int8 [n, k], weight_scale [n, G], weight_zero_point int8 [n, G].
 * MXFP4 of gpt-oss: blocks uint8 [n, G, 16], the lower half of a byte first; scales uint8 [n, G].
 
@@ -131,7 +131,7 @@ class Parts:
         if self.checkpoint_format == "gptq_v2":
             return _signed(stored, self.bits)
         if (stored == top).any():
-            # Readers disagree whether this is 16 or 0; the writer has overflowed.
+            # Readers disagree whether one more is 2**b or 0; the writer has overflowed.
             raise WeightsError(
                 f"{self.name}: a zero point is stored as {top}, which is beyond {top} in format 'gptq', where one is added: "
                 "save the checkpoint as 'gptq_v2', or pass checkpoint_format='gptq_v2' if it is one"
@@ -178,11 +178,11 @@ class Parts:
 
     def _read_pack_quantized(self, picked: slice) -> Quantized:
         codes = _signed(_unpacked(self.arrays["weight_packed"].data[picked], self.bits)[:, : self.k], self.bits)
-        zeros = None
-        if "weight_zero_point" in self.arrays:
-            unpacked = _unpacked(self.arrays["weight_zero_point"].data.T, self.bits)[:, : self.n]
-            zeros = _signed(unpacked[:, picked].T, self.bits)
-        return Quantized(codes, self._picked_scales(picked), zeros)
+        if "weight_zero_point" not in self.arrays:
+            return Quantized(codes, self._picked_scales(picked), self._row_zeros(None, len(codes)))
+        packed = _unpacked(self.arrays["weight_zero_point"].data.T, self.bits)[:, : self.n]
+        zeros = _signed(packed[:, picked].T, self.bits)
+        return Quantized(codes, self._picked_scales(picked), self._row_zeros(zeros, len(codes)))
 
     def int_quantized(self) -> Reader:
         self._names("compressed-tensors", ("weight", "weight_scale"), ("weight_zero_point", "weight_g_idx"))
@@ -192,22 +192,24 @@ class Parts:
         return self._read_int_quantized
 
     def _read_int_quantized(self, picked: slice) -> Quantized:
-        zeros = self.arrays.get("weight_zero_point")
-        return Quantized(
-            np.ascontiguousarray(self.arrays["weight"].data[picked]),
-            self._picked_scales(picked),
-            None if zeros is None else zeros.data[picked],
-        )
+        codes = np.ascontiguousarray(self.arrays["weight"].data[picked])
+        zeros = self.arrays["weight_zero_point"].data[picked] if "weight_zero_point" in self.arrays else None
+        return Quantized(codes, self._picked_scales(picked), self._row_zeros(zeros, len(codes)))
 
     def _row_scales(self, zeros: tuple[int, int], zeros_dtype: tuple[str, ...]) -> None:
         """weight_scale, weight_zero_point and weight_g_idx, which both forms have in common."""
         self._scales("weight_scale", lambda groups: (self.n, groups))
-        has_zeros = "weight_zero_point" in self.arrays
-        if has_zeros != self.config.weight_zero_point:
-            raise self._wrong("weight_zero_point", self.config.weight_zero_point, has_zeros)
-        if has_zeros:
+        if "weight_zero_point" in self.arrays:
             self._shape("weight_zero_point", zeros_dtype, zeros)
         self._in_order("weight_g_idx")
+
+    def _row_zeros(self, zeros: npt.NDArray[np.int8] | None, rows: int) -> npt.NDArray[np.int8] | None:
+        """Zero points as the layer has them; compressed-tensors used to leave out those that are all 0, whatever the scheme."""
+        if self.config.weight_zero_point:
+            return np.zeros((rows, self.groups), np.int8) if zeros is None else zeros
+        if zeros is not None and zeros.any():
+            raise self._asymmetric()
+        return None
 
     def _picked_scales(self, picked: slice) -> npt.NDArray[np.float32]:
         scales = self.arrays["weight_scale"]
@@ -234,7 +236,7 @@ class Parts:
 
     def _asymmetric(self) -> WeightsError:
         return WeightsError(
-            f"{self.name} has zero points other than {1 << (self.bits - 1)}, but the layer has weight_zero_point=False: "
+            f"{self.name} has zero points other than the symmetric one, but the layer has weight_zero_point=False: "
             "set weight_zero_point=True"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tracemalloc
@@ -118,6 +119,16 @@ def test_scales_of_other_types():
         open_matrix(wide, config, 8, 64, "w").read()
 
 
+def test_zero_points_that_are_zero_may_be_there_or_not():
+    for q, arrays in ((made_up(INT4, 8, 64), PACKED), (made_up(INT8, 8, 64), PLAIN)):
+        config = layer("int4" if arrays is PACKED else "int8", zeros=True)
+        zeros = np.zeros((8, 2), np.int8)
+        filled = dataclasses.replace(q, zeros=zeros)
+        same(open_matrix(arrays, config, 8, 64, "w").rows(slice(1, None, 2)).read(), filled.rows(slice(1, None, 2)))
+        explicit = pack.pack_quantized(filled, 4) if arrays is PACKED else pack.int_quantized(filled)
+        same(open_matrix(explicit, dataclasses.replace(config, weight_zero_point=False), 8, 64, "w").read(), q)
+
+
 def test_group_indices():
     config = layer("int4")
     q = made_up(config, 8, 64)
@@ -161,9 +172,8 @@ def without(arrays, name):
         (INT4, BLOCKS, ["weight_dtype='mxfp4'", "weight_dtype='int4'"]),
         (MXFP4, GPTQ, ["weight_dtype='mxfp4'", "weight_dtype='int4'"]),
         (MXFP4, PLAIN, ["weight_dtype='mxfp4'", "'int8'"]),
-        (INT4, pack.awq(made_up(layer("int4", zeros=True), 8, 64)), ["zero points other than 8", "weight_zero_point=True"]),
-        (INT4, pack.gptq(made_up(layer("int4", zeros=True), 8, 64), 4, 32), ["zero points other than 8", "weight_zero_point=True"]),
-        (layer("int4", zeros=True), PACKED, ["weight_zero_point=False", "weight_zero_point=True"]),
+        (INT4, pack.awq(made_up(layer("int4", zeros=True), 8, 64)), ["zero points other than", "weight_zero_point=True"]),
+        (INT4, pack.gptq(made_up(layer("int4", zeros=True), 8, 64), 4, 32), ["zero points other than", "weight_zero_point=True"]),
         (INT4, pack.pack_quantized(made_up(layer("int4", zeros=True), 8, 64), 4), ["weight_zero_point=True"]),
         (INT4, without(GPTQ, "scales"), ["scales is missing", "GPTQ"]),
         (INT4, without(AWQ, "qzeros"), ["qzeros is missing", "AWQ"]),
@@ -184,7 +194,7 @@ def without(arrays, name):
         (INT4, PACKED | {"weight_shape": np.array([8, 60])}, ["weight_shape", "(8, 60)", "(8, 64)"]),
         (INT4, PACKED | {"weight_shape": np.array([8.0, 64.0])}, ["weight_shape", "float64"]),
         (INT8, PLAIN | {"weight": PLAIN["weight"].astype(np.float32)}, ["weight", "float32", "int8"]),
-        (INT8, PLAIN | {"weight_zero_point": np.zeros((8, 2), np.int8)}, ["weight_zero_point=True"]),
+        (INT8, PLAIN | {"weight_zero_point": np.ones((8, 2), np.int8)}, ["weight_zero_point=True"]),
         (MXFP4, BLOCKS | {"blocks": BLOCKS["blocks"][:, :1]}, ["blocks", "(8, 1, 16)", "(8, 2, 16)"]),
         (MXFP4, BLOCKS | {"scales": np.full((8, 2), 255, np.uint8)}, ["255", "NaN"]),
         (MXFP4, BLOCKS | {"scales": "x"}, ["scales", "str"]),
@@ -202,6 +212,24 @@ def test_sizes_that_words_do_not_divide(n, k, words):
     q = made_up(INT4, n, k)
     with pytest.raises(WeightsError, match=words):
         open_matrix(pack.gptq(q, 4, 32) | {"qweight": np.zeros((k // 8, n), np.int32)}, INT4, n, k, "w")
+
+
+PARTS = sorted({*GPTQ, *AWQ, *PACKED, *PLAIN, *BLOCKS, "weight_zero_point", "weight_g_idx"})
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 8, 16, 64]), max_size=3).map(tuple)
+DTYPES = st.sampled_from(["int32", "int8", "uint8", "float16", "float32", "int64", "bool"])
+
+
+@given(
+    st.sampled_from([INT4, INT8, MXFP4, layer("int4", zeros=True)]),
+    st.sampled_from([GPTQ, AWQ, PACKED, PLAIN, BLOCKS]),
+    st.dictionaries(st.sampled_from(PARTS), st.tuples(SHAPES, DTYPES), max_size=2),
+)
+@settings(max_examples=300, deadline=None)
+def test_nothing_but_complaints_about_hostile_arrays(config, good, changes):
+    bad = good | {part: np.ones(shape, dtype) for part, (shape, dtype) in changes.items()}
+    with contextlib.suppress(WeightsError):
+        q = open_matrix(bad, config, 8, 64, "w").read()
+        assert q.codes.shape == (8, 64)
 
 
 def test_quantized_by_the_caller():

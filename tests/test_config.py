@@ -13,14 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moegen import config as config_module
-from moegen.config import ACTIVATIONS, DTYPES, GATED_ACTIVATIONS, GATINGS, MoEConfig, config_key
+from moegen.config import (
+    ACTIVATION_DTYPES,
+    ACTIVATIONS,
+    DTYPES,
+    GATED_ACTIVATIONS,
+    GATINGS,
+    SCALE_DTYPES,
+    WEIGHT_DTYPES,
+    WEIGHT_GROUPS,
+    MoEConfig,
+    config_key,
+)
 from moegen.errors import ConfigError, MoegenError
 
 BASE = {"experts": 8, "top_k": 2, "hidden": 16}
-INTS = ("experts", "top_k", "hidden", "intermediate", "n_group", "topk_group", "shared_intermediate")
-BOOLS = ("renormalize", "router_bias", "correction_bias", "weight_on_input", "expert_bias", "shared_gate")
+INTS = ("experts", "top_k", "hidden", "intermediate", "n_group", "topk_group", "shared_intermediate", "weight_group")
+BOOLS = ("renormalize", "router_bias", "correction_bias", "weight_on_input", "expert_bias", "shared_gate", "weight_zero_point")
 FLOATS = ("routed_scaling", "capacity_factor", "swiglu_alpha", "swiglu_limit", "balance_coefficient")
-STRINGS = ("dtype", "activation", "gating", "group_score")
+STRINGS = ("dtype", "activation", "gating", "group_score", "weight_dtype", "scale_dtype", "activation_dtype")
 
 
 def make(**fields):
@@ -55,6 +66,11 @@ def test_defaults():
         "swiglu_alpha": 1.702,
         "swiglu_limit": 7.0,
         "balance_coefficient": 0.01,
+        "weight_dtype": "same",
+        "weight_group": 0,
+        "weight_zero_point": False,
+        "scale_dtype": "float16",
+        "activation_dtype": "same",
     }
     assert make(intermediate=7).intermediate == 7
 
@@ -99,6 +115,16 @@ def test_defaults():
             "correction_bias=True goes with gating 'softmax' or 'sigmoid', not 'topk_softmax'",
         ),
         ({"shared_gate": True}, "shared_gate=True needs a shared expert: set shared_intermediate above 0 (it is 0)"),
+        ({"weight_dtype": "int2"}, "weight_dtype='int2' must be one of same, int8, int4, mxfp4"),
+        ({"scale_dtype": "float64"}, "scale_dtype='float64' must be one of float16, bfloat16, float32"),
+        ({"activation_dtype": "int4"}, "activation_dtype='int4' must be one of same, int8"),
+        ({"weight_dtype": "int8", "weight_group": 16}, "weight_group=16 must be one of 0, 32, 64, 128"),
+        ({"weight_dtype": "mxfp4", "weight_group": 64}, "weight_group=64 must be 32 with weight_dtype='mxfp4'"),
+        ({"weight_group": 64}, "weight_group=64 goes with weight_dtype 'int8', 'int4' or 'mxfp4', not 'same'"),
+        ({"weight_zero_point": True}, "weight_zero_point=True goes with weight_dtype 'int8' or 'int4', not 'same'"),
+        ({"weight_dtype": "mxfp4", "weight_zero_point": True}, "weight_zero_point=True goes with weight_dtype 'int8' or 'int4'"),
+        ({"activation_dtype": "int8"}, "activation_dtype='int8' goes with weight_dtype 'int8', not 'same'"),
+        ({"weight_dtype": "int4", "activation_dtype": "int8"}, "activation_dtype='int8' goes with weight_dtype 'int8', not 'int4'"),
     ],
     ids=str,
 )
@@ -130,6 +156,15 @@ def test_impossible_scales(name, value):
         {"n_group": 8, "topk_group": 8, "group_score": "max"},
         {"n_group": 4, "topk_group": 1},
         {"correction_bias": True},
+        {
+            "weight_dtype": "int8",
+            "weight_group": 0,
+            "weight_zero_point": True,
+            "scale_dtype": "float32",
+            "activation_dtype": "int8",
+        },
+        {"weight_dtype": "int4", "weight_group": 32, "weight_zero_point": True, "scale_dtype": "bfloat16"},
+        {"weight_dtype": "mxfp4", "weight_group": 32},
     ],
     ids=str,
 )
@@ -216,6 +251,8 @@ def configs(draw):
     size = draw(st.integers(2, 16))
     positive = st.floats(1e-3, 1e3)
     shared = draw(st.sampled_from([0, 1, 96]))
+    weight_dtype = draw(st.sampled_from(WEIGHT_DTYPES))
+    integers = weight_dtype in ("int8", "int4")
     return MoEConfig(
         experts=n_group * size,
         top_k=draw(st.integers(1, min(64, topk_group * size))),
@@ -239,6 +276,11 @@ def configs(draw):
         swiglu_alpha=draw(positive),
         swiglu_limit=draw(positive),
         balance_coefficient=draw(positive),
+        weight_dtype=weight_dtype,
+        weight_group=draw(st.sampled_from(WEIGHT_GROUPS)) if integers else 0,
+        weight_zero_point=integers and draw(st.booleans()),
+        scale_dtype=draw(st.sampled_from(SCALE_DTYPES)),
+        activation_dtype=draw(st.sampled_from(ACTIVATION_DTYPES)) if weight_dtype == "int8" else "same",
     )
 
 
@@ -286,6 +328,11 @@ def test_config_key_is_canonical():
 
 def test_gated():
     assert {a for a in ACTIVATIONS if make(activation=a).gated} == set(GATED_ACTIVATIONS)
+
+
+def test_low_bit_and_its_groups():
+    assert {w for w in WEIGHT_DTYPES if make(weight_dtype=w).low_bit} == {"int8", "int4", "mxfp4"}
+    assert [make(weight_dtype=w).weight_group for w in WEIGHT_DTYPES] == [0, 0, 128, 32]
 
 
 def test_group_size():

@@ -79,6 +79,123 @@ def test_gated_activations(act, activation):
     assert MoEConfig.from_hf({"model_type": "mixtral", "hidden_act": act}).activation == activation
 
 
+INT4 = {"weight_dtype": "int4", "weight_group": 128, "weight_zero_point": False, "scale_dtype": "float16"}
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def compressed(weights, activations=None, **more):
+    group = {"weights": {"num_bits": 4, "type": "int", "symmetric": True, **weights}, "input_activations": activations}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], **group}}, **more}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, {"weight_dtype": "mxfp4", "weight_group": 32}),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "dynamic": {"-:.*gate": {}}}, INT4),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "pack_dtype": "int32"}, INT4),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False},
+            INT4 | {"weight_group": 64, "weight_zero_point": True},
+        ),
+        (
+            {"quant_method": "gptq", "bits": 8, "group_size": -1, "desc_act": True},  # one group has no order
+            INT4 | {"weight_dtype": "int8", "weight_group": 0},
+        ),
+        ({"quant_method": "awq"}, INT4 | {"weight_zero_point": True}),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "GEMM"},
+            INT4 | {"weight_group": 32, "weight_zero_point": True},
+        ),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": False}, INT4 | {"weight_group": 64}),
+        (compressed({"strategy": "group", "group_size": 128}, format="pack-quantized"), INT4 | {"scale_dtype": "bfloat16"}),
+        (
+            compressed({"group_size": 32, "symmetric": False, "actorder": "static"}, ignore=["lm_head", "re:.*mlp.gate$"]),
+            INT4 | {"scale_dtype": "bfloat16", "weight_group": 32, "weight_zero_point": True},
+        ),
+        (
+            compressed({"num_bits": 8, "strategy": "channel"}, TOKENS, format="int-quantized", sparsity_config={}),
+            {"weight_dtype": "int8", "weight_group": 0, "scale_dtype": "bfloat16", "activation_dtype": "int8"},
+        ),
+    ],
+)
+def test_low_bit_checkpoints(quantization, expected):
+    plain = {"model_type": "mixtral", "dtype": "bfloat16"}
+    config = MoEConfig.from_hf(plain | {"quantization_config": quantization})
+    assert config == MoEConfig(**(fields_from_hf(plain) | expected))
+    assert config.low_bit
+    assert MoEConfig.from_hf(plain | {"quantization_config": None}).weight_dtype == "same"
+
+
+def test_low_bit_of_an_inner_configuration():
+    inner = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    for raw in ({"text_config": inner}, {"text_config": {}, **inner}):
+        assert MoEConfig.from_hf({"model_type": "llama4", **raw}).weight_dtype == "int4"
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            ["quant_method='fp8'", "compressed-tensors", "weight_dtype='int8'"],
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes", "dequantize"]),
+        ({}, ["quant_method=None"]),
+        ({"quant_method": ["gptq"]}, ["quant_method=['gptq']"]),
+        ("gptq", ["quantization_config='gptq'", "object"]),
+        ({"quant_method": "gptq"}, ["'bits'", "required"]),
+        (GPTQ | {"bits": 3}, ["bits=3", "4, 8"]),
+        (GPTQ | {"bits": "4"}, ["bits='4'"]),
+        (GPTQ | {"group_size": 1024}, ["group_size=1024", "32, 64, 128"]),
+        (GPTQ | {"group_size": -1}, ["group_size -1", "4 bits"]),
+        (GPTQ | {"desc_act": True}, ["desc_act=True", "act-order"]),
+        (GPTQ | {"checkpoint_format": "marlin"}, ["checkpoint_format='marlin'", "gptq_v2"]),
+        (GPTQ | {"format": "bitblas"}, ["format='bitblas'"]),
+        (GPTQ | {"is_marlin_format": True}, ["is_marlin_format=True"]),
+        (GPTQ | {"pack_dtype": "int16"}, ["pack_dtype='int16'"]),
+        (GPTQ | {"dynamic": {"+:.*down_proj": {"bits": 8}}}, ["dynamic", "one form"]),
+        (GPTQ | {"dynamic": 3}, ["dynamic=3"]),
+        ({"quant_method": "awq", "bits": 8}, ["bits=8", "4"]),
+        ({"quant_method": "awq", "version": "gemv"}, ["version='gemv'", "gemm"]),
+        ({"quant_method": "awq", "backend": "llm-awq"}, ["backend='llm-awq'"]),
+        (compressed({"type": "float", "num_bits": 8}), ["config_groups.group_0.weights", "type='float'"]),
+        (compressed({"group_size": 128, "actorder": "group"}), ["actorder='group'"]),
+        (compressed({"strategy": "channel"}), ["4 bits"]),
+        (compressed({}), ["strategy='tensor'", "channel"]),
+        (compressed({"strategy": "group", "group_size": None}), ["'group_size'", "required"]),
+        (compressed({"strategy": "block", "num_bits": 8}), ["strategy='block'"]),
+        (compressed({"num_bits": 8, "strategy": "channel"}, TOKENS | {"dynamic": False}), ["dynamic=False", "each token"]),
+        (compressed({"num_bits": 8, "strategy": "channel"}, TOKENS | {"type": "float"}), ["input_activations", "type='float'"]),
+        (compressed({"num_bits": 8, "strategy": "channel"}, [1]), ["input_activations=[1]"]),
+        (compressed({"group_size": 128}, TOKENS), ["num_bits=4", "8"]),
+        (compressed({"group_size": 128}, format="marlin-24"), ["format='marlin-24'", "pack-quantized"]),
+        (compressed({"group_size": 128}, quantization_status="frozen"), ["quantization_status='frozen'"]),
+        (compressed({"group_size": 128}, sparsity_config={"format": "sparse-24-bitmask"}), ["sparsity_config"]),
+        (compressed({"group_size": 128}, ignore=["re:.*mlp.experts.0.*"]), ["ignore", "experts"]),
+        (compressed({"group_size": 128}, config_groups={}), ["config_groups"]),
+        (compressed({"group_size": 128}, config_groups={"a": None}), ["config_groups.a", "weights=None"]),
+        (
+            {"quant_method": "compressed-tensors"}
+            | {
+                "config_groups": {
+                    bits: compressed({"num_bits": bits, "group_size": 64})["config_groups"]["group_0"] for bits in (4, 8)
+                }
+            },
+            ["config_groups", "one form"],
+        ),
+    ],
+)
+def test_low_bit_refusals_name_the_field(quantization, words):
+    with pytest.raises(ConfigError) as caught:
+        MoEConfig.from_hf({"model_type": "mixtral", "quantization_config": quantization})
+    assert all(word in str(caught.value) for word in ["mixtral", "quantization_config", *words]), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["num_local_experts", "num_experts"])
 def test_aliases(name):
     assert fields_from_hf({"model_type": "qwen3_moe", name: 16})["experts"] == 16

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moegen import reference as ref
 from moegen.config import ACTIVATIONS, GATED_ACTIVATIONS, UNGATED_ACTIVATIONS, MoEConfig
 from moegen.errors import ConfigError, InputError, WeightsError
+from moegen.quantization import dequantize, quantize
 
 NAN = float("nan")
 INF = float("inf")
@@ -660,3 +661,61 @@ def test_float32_is_untouched_and_other_dtypes_refused():
 
 def test_every_activation_is_gated_or_not():
     assert set(GLU) | {"swiglu_clamped"} == set(GATED_ACTIVATIONS)
+
+
+# ---------------------------------------------------------------- few bits
+
+
+FEW_BITS = [
+    {"weight_dtype": "int8", "weight_zero_point": True},
+    {"weight_dtype": "int4", "weight_group": 32, "scale_dtype": "bfloat16"},
+    {"weight_dtype": "mxfp4"},
+]
+
+
+@pytest.mark.parametrize("fields", FEW_BITS, ids=lambda fields: fields["weight_dtype"])
+def test_dequantized_rounds_the_projections_and_nothing_else(fields, rng):
+    config = MoEConfig(3, 2, 40, 24, shared_intermediate=16, shared_gate=True, expert_bias=True, **fields)
+    weights = ref.random_weights(config, rng)
+    got = ref.dequantized(config, weights)
+    assert got.keys() == weights.keys()
+    for name, array in weights.items():
+        if not name.startswith(("experts.", "shared.")) or name.endswith("bias"):
+            assert got[name] is array
+            continue
+        assert got[name].dtype == np.float64
+        for mine, matrix in zip(got[name].reshape(-1, *array.shape[-2:]), array.reshape(-1, *array.shape[-2:]), strict=True):
+            assert np.array_equal(mine, dequantize(quantize(matrix, config), config))
+            assert 0 < np.abs(mine - matrix).max() < 0.5 * np.abs(matrix).max()
+    with pytest.raises(WeightsError, match=r"experts\.up\.weight.*missing"):
+        ref.dequantized(config, {name: a for name, a in weights.items() if name != "experts.up.weight"})
+
+
+def test_dequantized_is_the_identity_without_codes(rng):
+    config = MoEConfig(3, 2, 8, 4)
+    weights = ref.random_weights(config, rng)
+    assert ref.dequantized(config, weights) == weights
+
+
+@pytest.mark.parametrize("weight_on_input", [False, True])
+def test_int8_activations_round_the_rows_that_enter_both_products(weight_on_input, rng):
+    fields = {"weight_on_input": weight_on_input, "shared_intermediate": 6, "weight_dtype": "int8", "activation": "relu2"}
+    exact = MoEConfig(2, 1, 8, 4, **fields)
+    config = dataclasses.replace(exact, activation_dtype="int8")
+    weights = ref.random_weights(config, rng)
+    x = rng.standard_normal((5, 8))
+    ids, w = np.zeros((5, 1), int), rng.uniform(0.1, 2, (5, 1))
+
+    def rounded(row):
+        scale = np.float32(np.abs(row.astype(np.float32)).max()) / np.float32(127) or np.float32(1)
+        return np.array([round(float(np.float32(v) / scale)) * float(scale) for v in row])
+
+    def ffn(row, part):
+        up, down = (weights[f"{part}.{m}.weight"].astype(np.float64) for m in ("up", "down"))
+        up, down = (up[0], down[0]) if part == "experts" else (up, down)
+        return down @ rounded(np.maximum(up @ rounded(row), 0) ** 2)
+
+    routed = [ffn(w[t] * x[t], "experts") if weight_on_input else w[t] * ffn(x[t], "experts") for t in range(5)]
+    np.testing.assert_allclose(ref.experts(config, weights, x, ids, w), routed, rtol=1e-12)
+    np.testing.assert_allclose(ref.shared(config, weights, x), [ffn(row, "shared") for row in x], rtol=1e-12)
+    assert not np.allclose(ref.experts(exact, weights, x, ids, w), routed, rtol=1e-4)

@@ -144,6 +144,26 @@ def test_bfloat16_views(case):
     assert np.abs(block_output(block, x) - want).max() < 0.05 * np.abs(want).max()
 
 
+def test_mxfp4_blocks_are_what_transformers_makes_of_them(rng):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 96}
+    hf_config = transformers.GptOssConfig(**fields, quantization_config={"quant_method": "mxfp4"}).to_dict()
+    config = MoEConfig.from_hf(hf_config)
+    assert (config.weight_dtype, config.weight_group) == ("mxfp4", 32)
+    state = {"router.weight": torch.zeros(4, 64), "router.bias": torch.zeros(4)}
+    dense = dict(state)
+    for name, rows, columns in (("gate_up_proj", 192, 64), ("down_proj", 64, 96)):
+        packed = torch.from_numpy(rng.integers(0, 256, (4, rows, columns // 32, 16), np.uint8))
+        scales = torch.from_numpy(rng.integers(100, 140, (4, rows, columns // 32), np.uint8))
+        state |= {f"experts.{name}_blocks": packed, f"experts.{name}_scales": scales}
+        dense[f"experts.{name}"] = convert_moe_packed_tensors(packed, scales, dtype=torch.float32)
+        state[f"experts.{name}_bias"] = dense[f"experts.{name}_bias"] = torch.zeros(4, rows)
+    plain = MoEConfig.from_hf(hf_config | {"quantization_config": None})
+    mine, theirs = resolve(config, state).to_float32(), resolve(plain, dense).to_float32()
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+
+
 MLA = dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8)
 MLA["first_k_dense_replace"] = 0
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import struct
+import tracemalloc
 
+import checkpoints as pack
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moegen.arrays import to_float32
-from moegen.config import MoEConfig
+from moegen.config import MoEConfig, weight_shapes
 from moegen.errors import WeightsError
-from moegen.reference import random_weights
+from moegen.quantization import Quantized, dequantize, quantize
+from moegen.reference import dequantized, random_weights
 from moegen.safetensors import INDEX_NAME, SafetensorsFile, open_safetensors
 from moegen.weights import resolve
 
@@ -230,9 +234,252 @@ def test_prefix_refusals():
         resolve(PLAIN, W).expert(4)
 
 
+# ---------------------------------------------------------------- few bits
+
+
+def low_bit(**fields):
+    return MoEConfig(3, 2, 16, 8, weight_group=32, shared_intermediate=24, **fields)
+
+
+INT4 = low_bit(weight_dtype="int4", weight_zero_point=True)
+INT8 = low_bit(weight_dtype="int8", scale_dtype="float32")
+MXFP4 = MoEConfig(
+    3, 2, 48, 20, weight_dtype="mxfp4", activation="swiglu_clamped", gating="topk_softmax", router_bias=True, expert_bias=True
+)
+MATRICES = ("gate", "up", "down")
+
+
+def quantized(config):
+    """(matrices of each expert, of the shared expert, the other weights of `canonical`)."""
+    w = canonical(config)
+    experts = [{m: codes(w[f"experts.{m}.weight"][e], config) for m in MATRICES} for e in range(config.experts)]
+    shared = {m: codes(w[f"shared.{m}.weight"], config) for m in MATRICES} if config.shared_intermediate else {}
+    return experts, shared, {name: a for name, a in w.items() if name.startswith("router") or name.endswith("bias")}
+
+
+def codes(matrix, config):
+    q = quantize(matrix, config)
+    return q if q.zeros is None else dataclasses.replace(q, zeros=np.maximum(q.zeros, -7))  # GPTQ cannot store the lowest
+
+
+def named(arrays, module):
+    return {f"{module}.{part}": array for part, array in arrays.items()}
+
+
+def spelled(config, arrays_of, names=("gate_proj", "up_proj", "down_proj"), shared="shared_expert"):
+    """A checkpoint: every matrix as `arrays_of` has it, under the hub's names."""
+    experts, of_shared, others = quantized(config)
+    out = {f"mlp.{name.replace('router', 'gate')}": array for name, array in others.items()}
+    for matrix, name in zip(MATRICES, names, strict=True):
+        for e, expert in enumerate(experts):
+            out |= named(arrays_of(expert[matrix]), f"mlp.experts.{e}.{name}")
+        if of_shared:
+            out |= named(arrays_of(of_shared[matrix]), f"mlp.{shared}.{matrix}_proj")
+    return out
+
+
+def blocks(config):
+    """As gpt-oss has them: all experts in one array, gate and up rows interleaved."""
+    experts, _, others = quantized(config)
+    out = {name: a for name, a in others.items() if name.startswith("router")}
+    both = [
+        pack.mxfp4(Quantized(*(interleave(getattr(e["gate"], a), getattr(e["up"], a), -2) for a in ("codes", "scales"))))
+        for e in experts
+    ]
+    for name, matrices in (("gate_up_proj", both), ("down_proj", [pack.mxfp4(e["down"]) for e in experts])):
+        out |= {f"experts.{name}_{part}": np.stack([m[part] for m in matrices]) for part in ("blocks", "scales")}
+    out["experts.gate_up_proj_bias"] = interleave(others["experts.gate.bias"], others["experts.up.bias"], -1)
+    return out | {"experts.down_proj_bias": others["experts.down.bias"]}
+
+
+def fused_packed(config):
+    """One compressed-tensors matrix for gate and up of each expert, gate rows first."""
+    experts, _, _ = quantized(config)
+    w = spelled(config, lambda q: pack.pack_quantized(q, 8))
+    w = {name: a for name, a in w.items() if "shared" in name or not re.search("(gate|up)_proj", name)}
+    for e, expert in enumerate(experts):
+        parts = (np.concatenate([getattr(expert[m], a) for m in ("gate", "up")]) for a in ("codes", "scales"))
+        w |= named(pack.pack_quantized(Quantized(*parts), 8), f"mlp.experts.{e}.gate_up_proj")
+    return w
+
+
+LOW_BIT = {
+    "gptq": (INT4, lambda c: spelled(c, lambda q: pack.gptq(q, 4, 32), ("w1", "w3", "w2"))),
+    "awq": (INT4, lambda c: spelled(c, pack.awq)),
+    "pack-quantized": (INT8, lambda c: spelled(c, lambda q: pack.pack_quantized(q, 8), shared="shared_experts")),
+    "int-quantized": (INT8, lambda c: spelled(c, pack.int_quantized)),
+    "gate and up in one": (INT8, fused_packed),
+    "gpt-oss": (MXFP4, blocks),
+    "canonical": (
+        INT8,
+        lambda c: (
+            quantized(c)[2]
+            | {f"experts.{e}.{m}.weight": expert[m] for e, expert in enumerate(quantized(c)[0]) for m in MATRICES}
+            | {f"shared.{m}.weight": q for m, q in quantized(c)[1].items()}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOW_BIT)
+def test_few_bits(case):
+    config, spell = LOW_BIT[case]
+    experts, shared, others = quantized(config)
+    source = resolve(config, {f"layers.1.{name}": array for name, array in spell(config).items()}, "layers.1")
+    values = source.to_float32()
+    assert values.keys() == weight_shapes(config).keys()
+    for e, expert in enumerate(experts):
+        views = source.expert(e)
+        for matrix, q in expert.items():
+            same_codes(views[matrix], q)
+            assert np.array_equal(values[f"experts.{matrix}.weight"][e], dequantize(q, config, np.float32))
+        if config.expert_bias:
+            assert np.array_equal(views["up_bias"].data, others["experts.up.bias"][e])
+    for matrix, q in shared.items():
+        same_codes(source.shared()[matrix], q)
+        assert np.array_equal(values[f"shared.{matrix}.weight"], dequantize(q, config, np.float32))
+    assert np.array_equal(values["router.weight"], others["router.weight"])
+    assert np.array_equal(source.router()["weight"].data, others["router.weight"])
+
+
+def same_codes(got, expected):
+    assert isinstance(got, Quantized)
+    assert np.array_equal(got.codes, expected.codes)
+    assert np.array_equal(got.scales, expected.scales)
+    assert (got.zeros is None) == (expected.zeros is None)
+    assert got.zeros is None or np.array_equal(got.zeros, expected.zeros)
+
+
+@pytest.mark.parametrize("config", [INT4, INT8, MXFP4], ids=lambda c: c.weight_dtype)
+def test_floats_for_a_layer_in_few_bits(config):
+    w = canonical(config)
+    for spelling in (w, hub(config, w, router="router")):
+        source = resolve(config, spelling)
+        assert source.expert(1)["up"].dtype == "float32"
+        values, expected = source.to_float32(), dequantized(config, w)
+        assert all(np.array_equal(values[name], expected[name].astype(np.float32)) for name in expected)
+
+
+def test_float_experts_beside_a_quantized_shared_expert():
+    w = canonical(INT8)
+    mixed = {name: a for name, a in spelled(INT8, pack.int_quantized).items() if "experts." not in name}
+    source = resolve(INT8, mixed | {f"experts.{m}.weight": w[f"experts.{m}.weight"] for m in MATRICES})
+    assert source.expert(0)["gate"].dtype == "float32"
+    assert isinstance(source.shared()["gate"], Quantized)
+
+
+def test_gate_and_up_in_one_quantized_matrix():
+    experts, _, others = quantized(MXFP4)
+    both = [Quantized(*(np.concatenate([getattr(e[m], a) for m in ("gate", "up")]) for a in ("codes", "scales"))) for e in experts]
+    w = others | {f"experts.{e}.gate_up.weight": q for e, q in enumerate(both)}
+    w |= {f"experts.{e}.down.weight": expert["down"] for e, expert in enumerate(experts)}
+    for gate_up in (None, "interleaved"):
+        first = resolve(MXFP4, w, gate_up=gate_up).expert(1)["gate"]
+        same_codes(first, experts[1]["gate"] if gate_up is None else both[1].rows(slice(0, None, 2)))
+
+
+def test_memory_stays_near_one_expert():
+    config = MoEConfig(32, 2, 512, 512, weight_dtype="mxfp4", activation="swiglu_clamped", expert_bias=True)
+    shapes = {"gate_up_proj": (32, 1024, 16), "down_proj": (32, 512, 16)}
+    w = {"router.weight": np.zeros((32, 512), np.float32)}
+    for name, shape in shapes.items():
+        w |= {f"experts.{name}_blocks": np.zeros((*shape, 16), np.uint8), f"experts.{name}_scales": np.zeros(shape, np.uint8)}
+        w[f"experts.{name}_bias"] = np.zeros(shape[:2], np.float32)
+    tracemalloc.start()
+    try:
+        source = resolve(config, w)
+        for e in (0, 31):
+            source.expert(e)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * 3 * 512 * 512
+
+
+def test_zero_biases_of_autogptq_are_left_out():
+    w = LOW_BIT["gptq"][1](INT4)
+    zeros = {f"mlp.experts.{e}.w1.bias": np.zeros(8, np.float16) for e in range(3)} | {
+        "mlp.shared_expert.up_proj.bias": np.zeros(24)
+    }
+    assert resolve(INT4, w | zeros).to_float32().keys() == weight_shapes(INT4).keys()
+    with pytest.raises(WeightsError, match=r"experts\.2\.w1\.bias.*expert_bias"):
+        resolve(INT4, w | {"mlp.experts.2.w1.bias": np.ones(8)})
+
+
+def test_the_version_of_gptq(tmp_path):
+    w = spelled(INT4, lambda q: pack.gptq(q, 4, 32, "gptq_v2"))
+    expected = dequantize(quantized(INT4)[0][2]["down"], INT4)
+    assert np.array_equal(resolve(INT4, w, checkpoint_format="gptq_v2").to_float32()["experts.down.weight"][2], expected)
+    save(tmp_path / "model.safetensors", w)
+    assert not np.array_equal(resolve(INT4, tmp_path).to_float32()["experts.down.weight"][2], expected)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"checkpoint_format": "gptq_v2"}}))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert np.array_equal(resolve(INT4, path).to_float32()["experts.down.weight"][2], expected)
+
+
+GPTQ, OF_BLOCKS, OF_INT8 = (LOW_BIT[name][1](LOW_BIT[name][0]) for name in ("gptq", "gpt-oss", "int-quantized"))
+ONE = quantized(INT8)[0][0]["up"]
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "words"),
+    [
+        (
+            dataclasses.replace(INT4, weight_dtype="same", weight_group=0, weight_zero_point=False),
+            GPTQ,
+            ["weight_dtype", "from_hf", "dequantize"],
+        ),
+        (
+            PLAIN,
+            {f"experts.{e}.up.weight": ONE for e in range(4)} | drop(W, "experts.up.weight"),
+            ["experts.0.up", "weight_dtype='same'"],
+        ),
+        (dataclasses.replace(INT4, intermediate=40), GPTQ, ["w1", "qweight has shape (2, 8)", "(2, 40)", "(16, 5)"]),
+        (INT4, drop(GPTQ, "mlp.experts.1.w3.scales"), ["mlp.experts.1.w3", "scales is missing"]),
+        (INT4, {k: v for k, v in GPTQ.items() if "experts.1.w3" not in k}, ["experts.1.w3.qweight", "missing"]),
+        (INT4, {k: v for k, v in GPTQ.items() if "w3" not in k}, ["experts.up.weight", "missing", "codes and scales"]),
+        (INT4, GPTQ | {"mlp.experts.0.w1.weight": W["experts.up.weight"][0]}, ["experts.0.w1", "weight does not belong to GPTQ"]),
+        (INT4, GPTQ | {"mlp.experts.0.gate_proj.qweight": 0}, ["w1.qweight", "gate_proj.qweight", "both"]),
+        (INT4, drop(GPTQ, "mlp.gate.weight") | {"mlp.gate.qweight": 0}, ["mlp.gate.qweight", "projections", "dequantize"]),
+        (INT4, GPTQ | {"mlp.gate.weight_scale_inv": 0}, ["weight_scale_inv", "not understood", "dequantize"]),
+        (INT4, {k.replace("experts.0.", "experts.7."): v for k, v in GPTQ.items()}, ["experts.7.w1", "experts=3"]),
+        (INT8, OF_INT8 | {"experts.up.qweight": 0, "experts.up.scales": 0}, ["more than one form"]),
+        (
+            INT8,
+            {k: v for k, v in OF_INT8.items() if "experts" not in k} | {"experts.gate.qweight": 0},
+            ["experts.gate.qweight", "each expert"],
+        ),
+        (INT8, OF_INT8 | {"mlp.experts.0.up_proj.weight_packed": 0}, ["weight_packed"]),
+        (INT8, OF_INT8 | {"mlp.experts.0.up_proj.weight": ONE}, ["Quantized", "weight_scale"]),
+        (
+            MXFP4,
+            OF_BLOCKS | {"experts.down_proj_blocks": OF_BLOCKS["experts.down_proj_blocks"][:2]},
+            ["down_proj_blocks", "experts=3"],
+        ),
+        (
+            MXFP4,
+            OF_BLOCKS | {"experts.down_proj_scales": OF_BLOCKS["experts.down_proj_scales"][:, :-1]},
+            ["down_proj", "scales", "(47, 1)"],
+        ),
+        (MXFP4, OF_BLOCKS | {"experts.down_proj": np.zeros((3, 48, 20))}, ["down_proj", "weight does not belong to MXFP4"]),
+        (dataclasses.replace(MXFP4, weight_dtype="int4"), OF_BLOCKS, ["weight_dtype='mxfp4'", "weight_dtype='int4'"]),
+    ],
+)
+def test_refusals_of_few_bits(config, weights, words):
+    with pytest.raises(WeightsError) as caught:
+        resolve(config, weights).to_float32()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_codes_cannot_be_turned():
+    with pytest.raises(WeightsError, match="layout='input_first'"):
+        resolve(INT4, GPTQ, layout="input_first")
+
+
 # ---------------------------------------------------------------- safetensors
 
-CODES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+CODES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 
 
 def save(path, arrays):
