@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .arrays import as_host_array
 from .config import MoEConfig
 from .errors import WeightsError
@@ -54,8 +56,8 @@ def from_quantized(quantized: Quantized, config: MoEConfig, n: int, k: int, name
     Raises:
         WeightsError: its shape is not [n, k].
     """
-    if quantized.shape != (n, k):
-        raise WeightsError(f"{name} has shape {quantized.shape}, expected {(n, k)}")
+    if np.shape(quantized.codes) != (n, k):  # lists have shapes too, and are refused when they are read
+        raise WeightsError(f"{name} has shape {np.shape(quantized.codes)}, expected {(n, k)}")
     return Stored(name, config, n, k, quantized.rows)
 
 

@@ -237,6 +237,8 @@ def test_quantized_by_the_caller():
     assert from_quantized(q, INT4, 8, 64, "w").rows(slice(4, 8)).read().codes.base is not None
     with pytest.raises(WeightsError, match=r"\(8, 64\), expected \(8, 65\)"):
         from_quantized(q, INT4, 8, 65, "w")
+    with pytest.raises(WeightsError, match="codes must be an array of int8, not list"):
+        from_quantized(Quantized(q.codes.tolist(), q.scales), INT4, 8, 64, "w").read()
     with pytest.raises(WeightsError, match="uint8"):
         from_quantized(q, MXFP4, 8, 64, "w").read()
 
