@@ -104,6 +104,7 @@ class Module:
         prefix: str = "",
         layout: str | None = None,
         gate_up: str | None = None,
+        checkpoint_format: str | None = None,
         threads: int | None = None,
     ) -> Layer:
         """Packs weights into the layer's own layout, once.
@@ -111,14 +112,15 @@ class Module:
         Args:
             weights: names to arrays (NumPy, torch, DLPack), or a .safetensors file, its index, or a folder with either. The
                 canonical names and those of the model types that `MoEConfig.from_hf` knows are understood. Weights of another
-                float type are rounded to the layer's, to nearest even; the correction bias stays float32.
-            prefix, layout, gate_up: as in `moegen.weights.resolve`.
+                float type are rounded to the layer's, to nearest even; the correction bias stays float32. A layer in few bits takes
+                its own codes too, as `moegen.quantization.Quantized` or as checkpoints hold them (`moegen.weights`).
+            prefix, layout, gate_up, checkpoint_format: as in `moegen.weights.resolve`.
             threads: threads of this layer; None for the module's.
 
         Raises:
             WeightsError: a weight is missing, superfluous, or of the wrong shape or dtype.
         """
-        source = resolve(self.config, weights, prefix, layout, gate_up)
+        source = resolve(self.config, weights, prefix, layout, gate_up, checkpoint_format)
         count = self.threads if threads is None else _threads(threads)
         return Layer(self, self.packer(count).all(source), count)
 

@@ -21,18 +21,22 @@ def default(config: MoEConfig, target: Target) -> Tiling:
     Of four lanes, a chunk of hidden values is so short that LLVM unrolls it whole and mixes its steps: half of the registers are
     left to that, or sums would move to the stack and back.
     """
-    sums = target.registers // 2 if target.lanes == 4 else target.registers - VECTORS - 1 - _decoding(config)
-    max_rows = sums // VECTORS
     pair = 2 if _has_dot(config, target, target.lanes) else 1
+    sums = target.registers // 2 if target.lanes == 4 else target.registers - VECTORS - 1 - _decoding(config, pair)
+    max_rows = max(1, sums // VECTORS)
+    terms = pair if config.activation_dtype == "same" else BYTES
     chunk_rows = CHUNK_ROWS * pair // max_rows * max_rows
     byte_dot = _has_byte_dot(config, target, target.lanes)
-    terms = pair if config.activation_dtype == "same" else BYTES
     return Tiling(target.lanes, max_rows, chunk_rows, K_BLOCK * terms, pair, byte_dot)
 
 
-def _decoding(config: MoEConfig) -> int:
-    """Registers that turning codes into numbers takes."""
-    return {"same": 0, "int8": 2, "int4": 4, "mxfp4": 4}[config.weight_dtype] if config.activation_dtype == "same" else 0
+def _decoding(config: MoEConfig, pair: int) -> int:
+    """Registers that turning codes into numbers takes, beside two for the numbers: LLVM's listings say so."""
+    if not config.low_bit or config.activation_dtype == "int8":
+        return 0
+    if config.weight_dtype == "int8":
+        return 3
+    return 5 if config.weight_dtype == "int4" and pair == 1 else 9
 
 
 def check(config: MoEConfig, target: Target, tiling: Tiling) -> None:
