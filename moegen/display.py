@@ -86,6 +86,8 @@ def description(made: Artifact, obstacles: Sequence[str]) -> Iterator[str]:
     yield f"  needs     {' '.join(target.features) or 'no special CPU features'}"
     yield f"  runs here {'no, missing: ' + ', '.join(obstacles) if obstacles else 'yes'}"
     yield f"  proof     {proof(report)}, seed {report.get('seed', 'none')}"
+    if rounding := report.get("rounding"):
+        yield f"  few bits  {_rounding(rounding)}"
     yield f"  tokens    at most {manifest['max_tokens']} per call"
     yield f"  versions  {_pairs(manifest['versions'])}"
     yield "\nconfiguration"
@@ -112,8 +114,16 @@ def proof_table(made: Artifact, report: Mapping[str, Any]) -> Iterator[str]:
     yield table(("routing", "T", "relative L2", "elementwise", "near ties"), rows)
     bounds = report["bounds"]
     yield f"bounds: relative L2 {bounds['relative_l2']:.0e}, elementwise {bounds['elementwise']:.0e}; seed {report['seed']}"
+    if report["rounding"]:
+        yield f"few bits: {_rounding(report['rounding'])}"
     yield from (f"FAILED: {reason}" for reason in report["failures"])
     yield f"{made.name}: {report['status']} in {report['seconds']:.1f} s"
+
+
+def _rounding(rounding: Mapping[str, float]) -> str:
+    """What few bits change in themselves, of random weights and rows."""
+    rows = f", rows as bytes {rounding['rows_relative_l2']:.1e} more" if rounding["rows_relative_l2"] else ""
+    return f"random weights as codes change the output by {rounding['weights_relative_l2']:.1e}{rows} (relative L2)"
 
 
 def as_json_text(value: Any) -> str:

@@ -114,7 +114,7 @@ def byte_offsets(quantized: Quantized, blocks: int, length: int) -> Array:
     sums = codes.reshape(n, blocks, length).sum(axis=-1, dtype=np.int32)
     if quantized.zeros is not None:
         sums -= length * quantized.zeros.astype(np.int32)
-    return sums * ROW_OFFSET
+    return np.asarray(sums * ROW_OFFSET, np.int32)
 
 
 def _zeros(quantized: Quantized) -> Array:

@@ -58,7 +58,8 @@ class Plan:
         """Name of the artifact's folder."""
         c = self.config
         sizes = f"e{c.experts}-k{c.top_k}-h{c.hidden}-i{c.intermediate}"
-        return f"moe-{sizes}-{c.dtype}-{c.gating}-{c.activation}-{self.target.mcpu}-{self.key[:10]}".replace("_", "-")
+        stored = f"{c.dtype}-{c.weight_dtype}" if c.low_bit else c.dtype
+        return f"moe-{sizes}-{stored}-{c.gating}-{c.activation}-{self.target.mcpu}-{self.key[:10]}".replace("_", "-")
 
 
 def plan(
