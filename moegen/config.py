@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ConfigError
+from .storage import ACTIVATION_DTYPES, SCALE_DTYPES, WEIGHT_DTYPES, WEIGHT_GROUPS
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -25,10 +26,6 @@ UNGATED_ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu")
 ACTIVATIONS = GATED_ACTIVATIONS + UNGATED_ACTIVATIONS
 GATINGS = ("softmax", "topk_softmax", "sigmoid")
 GROUP_SCORES = ("top2_sum", "max")
-WEIGHT_DTYPES = ("same", "int8", "int4", "mxfp4")
-WEIGHT_GROUPS = (0, 32, 64, 128)
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
-ACTIVATION_DTYPES = ("same", "int8")
 
 MAX_EXPERTS = 4096
 MAX_TOP_K = 64

@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import HostArray, to_float32
-from .config import WEIGHT_GROUPS, MoEConfig
+from .config import MoEConfig
 from .errors import WeightsError
 from .quantization import Quantized, group_of, groups_of
+from .storage import WEIGHT_GROUPS
 
 Bytes = npt.NDArray[np.uint8]
 Reader = Callable[[slice], Quantized]

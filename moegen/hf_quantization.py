@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .config import WEIGHT_GROUPS
 from .errors import ConfigError
 from .hf_source import Source
+from .storage import WEIGHT_GROUPS
 
 Fields = dict[str, Any]
 

@@ -15,7 +15,7 @@ import click
 
 from . import artifact as artifacts
 from . import config as layers
-from . import presets
+from . import presets, storage
 from .artifact import Artifact
 from .config import MoEConfig
 from .display import one_line
@@ -33,9 +33,9 @@ CHOICES = {
     "activation": layers.ACTIVATIONS,
     "gating": layers.GATINGS,
     "group_score": layers.GROUP_SCORES,
-    "weight_dtype": layers.WEIGHT_DTYPES,
-    "scale_dtype": layers.SCALE_DTYPES,
-    "activation_dtype": layers.ACTIVATION_DTYPES,
+    "weight_dtype": storage.WEIGHT_DTYPES,
+    "scale_dtype": storage.SCALE_DTYPES,
+    "activation_dtype": storage.ACTIVATION_DTYPES,
 }
 
 

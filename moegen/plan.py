@@ -93,8 +93,9 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("CONFIG", "TILING")
         }
         config, tiling = MoEConfig.from_dict(values["CONFIG"]), Tiling(**values["TILING"])
-        if not all(type(value) is int for value in values["TILING"].values()):
-            raise TypeError("TILING must hold whole numbers")
+        wanted = {field.name: str(field.type) for field in dataclasses.fields(Tiling)}
+        if not all(type(value).__name__ == wanted[name] for name, value in values["TILING"].items()):
+            raise TypeError(f"TILING must hold {', '.join(f'{name} ({kind})' for name, kind in wanted.items())}")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError(f"{str(file)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

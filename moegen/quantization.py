@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import FLOATS, HostArray, as_host_array, to_float32, to_storage
-from .config import SCALE_DTYPES, MoEConfig
+from .config import MoEConfig
 from .errors import ConfigError, WeightsError
+from .storage import SCALE_DTYPES
 
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[Any]

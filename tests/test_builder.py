@@ -51,6 +51,11 @@ OTHER_VALUES: dict[str, Any] = {
     "swiglu_alpha": 1.0,
     "swiglu_limit": 1.0,
     "balance_coefficient": 0.02,
+    "weight_dtype": "int8",
+    "weight_group": 32,
+    "weight_zero_point": True,
+    "scale_dtype": "float32",
+    "activation_dtype": "int8",
 }
 
 
@@ -88,6 +93,7 @@ def test_the_key_knows_every_field_of_the_configuration() -> None:
     assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(moegen.MoEConfig)}
     base = moegen.MoEConfig(**TINY | {"experts": 4, "n_group": 2, "shared_intermediate": 4})
     needs = {"topk_group": {"n_group": 2}, "n_group": {"n_group": 4, "group_score": "max"}, "experts": {"experts": 6}}
+    needs |= {name: {"weight_dtype": "int8"} for name in ("weight_group", "weight_zero_point", "activation_dtype")}
     keys = {plan(base).key}
     for name, value in OTHER_VALUES.items():
         other = dataclasses.replace(base, **({name: value} | needs.get(name, {})))
