@@ -104,7 +104,7 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
     """The functions as one scheduled IRModule.
 
     Args:
-        knobs: stage name -> its knobs, as `default_knobs` gives them.
+        knobs: stage name -> its knobs.
 
     Raises:
         ScheduleError: knobs are illegal.
@@ -121,11 +121,6 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
         sch.work_on(name)
         wishes[name] = module.apply(sch, name, geometry, knobs[stage])
     return tvm.IRModule({name: rewriting.rewrite(sch.mod[name], wishes[name]) for name in functions})
-
-
-def default_knobs(geometry: Geometry, target: Target, functions: Iterable[str]) -> dict[str, Any]:
-    """The knobs of every stage when nothing was tuned."""
-    return {stage: llvm.STAGES[stage].default(geometry, target) for stage in dict.fromkeys(map(llvm.stage_of, functions))}
 
 
 def compile_object(module: Any, target: Target, path: pathlib.Path) -> None:

@@ -52,11 +52,13 @@ class Regime:
         rows_up_to: most rows that this holds for; None in the last line of a table.
         tile_rows: largest register tile used.
         pass_rows: most rows that stream the expert's weights once.
+        tasks_per_thread: most tasks for each thread that a product is divided into, where an expert has so many rows in the mean.
     """
 
     rows_up_to: int | None
     tile_rows: int
     pass_rows: int
+    tasks_per_thread: int = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,15 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Mapping
 from typing import Any
 
-from . import compiler, emission
+from . import choices, compiler, emission
+from .choices import Choice
 from .config import MoEConfig, config_key
 from .errors import BuildError
 from .geometry import Geometry, Regime, Tiling
 from .paths import package_folder
-from .schedules import llvm
 from .target import Target
 from .version import __version__
 
@@ -29,7 +30,7 @@ class Plan:
     geometry: Geometry
     target: Target
     te_source: str
-    knobs: dict[str, Any]
+    knobs: Mapping[str, Any]
     regimes: tuple[Regime, ...]
     edited: bool = False
 
@@ -48,7 +49,7 @@ class Plan:
             "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
             "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
             "te_source": self.te_source,
-            "own_sources": _own_sources(),
+            "own_sources": own_sources(),
             "versions": {name: version for name, version in versions().items() if name != "python"},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -71,10 +72,18 @@ def plan(
         ScheduleError: the tiling is illegal.
     """
     resolved = compiler.resolve_target(target, mcpu, arch)
-    chosen = tiling or llvm.tiling.default(config, resolved)
-    llvm.tiling.check(config, resolved, chosen)
-    geometry = Geometry(config, chosen)
-    return _plan(geometry, resolved, emission.te_source(geometry, resolved))
+    return plan_of(config, resolved, choices.default(config, resolved, tiling))
+
+
+def plan_of(config: MoEConfig, target: Target, choice: Choice) -> Plan:
+    """What building `config` with this choice would do.
+
+    Raises:
+        ScheduleError: the choice is illegal.
+    """
+    choices.check(config, target, choice)
+    geometry = Geometry(config, choice.tiling)
+    return Plan(geometry, target, emission.te_source(geometry, target), choice.knobs, choice.regimes)
 
 
 def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None, arch: str | None = None) -> Plan:
@@ -101,20 +110,15 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
     except (KeyError, TypeError) as error:
         raise BuildError(f"{file.name} is not an emitted TE module: CONFIG or TILING is missing or incomplete ({error})") from error
     resolved = compiler.resolve_target(target, mcpu, arch)
-    llvm.tiling.check(config, resolved, tiling)
-    return _plan(Geometry(config, tiling), resolved, text, edited=True)
+    choice = choices.default(config, resolved, tiling)
+    choices.check(config, resolved, choice)
+    return Plan(Geometry(config, tiling), resolved, text, choice.knobs, choice.regimes, edited=True)
 
 
-def _plan(geometry: Geometry, target: Target, te_source: str, edited: bool = False) -> Plan:
-    regimes = llvm.tiling.default_regimes(geometry.config, target, geometry.tiling)
-    llvm.tiling.check_regimes(geometry.tiling, regimes)
-    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES), regimes, edited)
-
-
-def _own_sources() -> str:
-    """SHA-256 of the host templates and schedules, which decide the code as much as the TE text does."""
+def own_sources() -> str:
+    """SHA-256 of templates and schedules, which decide the code as much as the choices do."""
     digest = hashlib.sha256()
-    for folder in ("templates/llvm", "schedules"):
+    for folder in ("templates/llvm", "templates/te", "schedules"):
         top, _, rest = folder.partition("/")
         for path in sorted((package_folder(top) / rest).rglob("*")):
             if path.is_file() and path.suffix != ".pyc":

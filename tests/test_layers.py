@@ -19,6 +19,7 @@ ORDER = (
     ("hf",),
     ("config",),
     ("target",),
+    ("machine",),
     ("toolchain",),
     ("geometry",),
     ("arrays",),
@@ -34,7 +35,10 @@ ORDER = (
     ("schedules",),
     ("intrinsics", "rewriting"),
     ("compiler",),
+    ("choices",),
+    ("records",),
     ("plan",),
+    ("objects",),
     ("builder",),
     ("batch",),
     ("display",),
@@ -48,7 +52,6 @@ ORDER = (
 # The same inside a sub-package.
 INSIDE = {
     "bench": (
-        ("machine",),
         ("ceilings",),
         ("workload",),
         ("contenders",),
@@ -82,8 +85,20 @@ INSIDE = {
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
-RUNTIME_NEVER = {"emission", "compiler", "intrinsics", "rewriting", "plan", "builder", "batch", "schedules"}
-RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "cli"}
+RUNTIME_NEVER = {
+    "emission",
+    "compiler",
+    "intrinsics",
+    "rewriting",
+    "plan",
+    "builder",
+    "batch",
+    "schedules",
+    "choices",
+    "records",
+    "objects",
+}
+RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "intrinsics", "rewriting"},

@@ -20,6 +20,7 @@ from ..artifact import Artifact
 from ..config import MoEConfig
 from ..display import size
 from ..errors import MeasureError
+from ..machine import available_bytes
 from ..presets import Fitted, fitted, weight_bytes
 from ..target import usable_processors
 from . import results, workload
@@ -27,7 +28,6 @@ from .ceilings import Probe
 from .contenders.family import Settings
 from .contenders.roster import OURS, chosen_families, weight_copies
 from .contenders.team import Team
-from .machine import available_bytes
 from .measure import Report, measure_point
 from .request import Request, Subject, check
 

@@ -8,7 +8,7 @@ import pathlib
 import platform
 import re
 
-from ..target import usable_processors
+from .target import usable_processors
 
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 _MEMINFO = pathlib.Path("/proc/meminfo")
