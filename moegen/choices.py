@@ -21,9 +21,9 @@ REGIMES = ("few", "some", "many")
 ROWS = {"few": 1, "some": 8, "many": 64}  # per expert in the mean, where a regime is measured
 _KERNELS = {"few": "few", "some": "others"}  # regime -> its part of the knobs of an expert's product
 _PRODUCTS = {"up": ("expert_up", "shared_up"), "down": ("expert_down", "shared_down")}
-_LINE = {
-    "few": ("tasks_per_thread",),
-    "some": ("tile_rows", "tasks_per_thread"),
+_LINE: dict[str, tuple[str, ...]] = {  # what is worth choosing of a regime's line in the table
+    "few": (),
+    "some": ("tile_rows",),
     "many": ("tile_rows", "pass_rows", "tasks_per_thread"),
 }
 

@@ -25,6 +25,7 @@ from .display import as_json_text, brief, description, listed, obstacles_of, one
 from .errors import MoegenError
 from .options import check_target, layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
 from .report.command import report
+from .tune.command import tune
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -389,6 +390,7 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
 
 main.add_command(bench)
 main.add_command(report)
+main.add_command(tune)
 
 
 if __name__ == "__main__":

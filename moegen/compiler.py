@@ -73,6 +73,11 @@ def _llvm(arch: str, **options: Any) -> Any:
     return tvm.target.Target({"kind": "llvm", **triple, **options})
 
 
+def llvm_version() -> str:
+    """The version of LLVM inside TVM, e.g. 22."""
+    return str(codegen.llvm_version_major())
+
+
 def load_module(source: str, path: pathlib.Path) -> ModuleType:
     """Writes the emitted text to `path` and executes it as a module.
 

@@ -48,6 +48,10 @@ class MeasureError(MoegenError, RuntimeError):
     """A benchmark cannot be run, or its results cannot be read."""
 
 
+class RecordError(MoegenError, RuntimeError):
+    """Tuning records cannot be read or written, or another run is writing them."""
+
+
 class ReportError(MoegenError, ValueError):
     """What a report is made of is missing or malformed, or nothing is there to draw it with."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -13,11 +14,12 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from . import choices, compiler, emission
+from . import choices, compiler, emission, records
 from .choices import Choice
 from .config import MoEConfig, config_key
-from .errors import BuildError
+from .errors import BuildError, ScheduleError
 from .geometry import Geometry, Regime, Tiling
+from .machine import processor
 from .paths import package_folder
 from .target import Target
 from .version import __version__
@@ -25,7 +27,17 @@ from .version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that decides what a build produces; two plans with the same key give the same artifact."""
+    """Everything that decides what a build produces; two plans with the same key give the same artifact.
+
+    Args:
+        geometry: the layer and its tiling.
+        target: what it is compiled for.
+        te_source: the tensor-expression module.
+        knobs: stage -> its knobs.
+        regimes: how an expert's rows are cut.
+        edited: the module was edited by hand.
+        tuning: regime -> id of the tuning record that its choices come from. What they are is in the other fields.
+    """
 
     geometry: Geometry
     target: Target
@@ -33,6 +45,7 @@ class Plan:
     knobs: Mapping[str, Any]
     regimes: tuple[Regime, ...]
     edited: bool = False
+    tuning: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> MoEConfig:
@@ -63,19 +76,41 @@ class Plan:
 
 
 def plan(
-    config: MoEConfig, target: str = "llvm", mcpu: str | None = None, tiling: Tiling | None = None, arch: str | None = None
+    config: MoEConfig,
+    target: str = "llvm",
+    mcpu: str | None = None,
+    tiling: Tiling | None = None,
+    arch: str | None = None,
+    *,
+    tuned: bool = True,
+    logs: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """What building `config` would do.
+
+    Args:
+        tiling: instead of the default one; tuning records are for that one.
+        tuned: take the choices of tuning records that hold on this machine.
+        logs: the user's records, as in `records.user_folder`.
 
     Raises:
         TargetError: the target, the architecture or the processor is unknown.
         ScheduleError: the tiling is illegal.
+        RecordError: records cannot be read.
     """
     resolved = compiler.resolve_target(target, mcpu, arch)
-    return plan_of(config, resolved, choices.default(config, resolved, tiling))
+    choice = choices.default(config, resolved, tiling)
+    if not tuned or tiling is not None:
+        return plan_of(config, resolved, choice)
+    used = {}
+    for regime, decision in records.choose(config, resolved.slug, choices.REGIMES, provenance(), logs).used.items():
+        with contextlib.suppress(ScheduleError):  # knobs that are none of this layer's are no reason not to build it
+            overlaid = choices.chosen(choice, regime, decision["knobs"])
+            choices.check(config, resolved, overlaid)
+            choice, used[regime] = overlaid, decision["id"]
+    return plan_of(config, resolved, choice, used)
 
 
-def plan_of(config: MoEConfig, target: Target, choice: Choice) -> Plan:
+def plan_of(config: MoEConfig, target: Target, choice: Choice, tuning: Mapping[str, str] | None = None) -> Plan:
     """What building `config` with this choice would do.
 
     Raises:
@@ -83,7 +118,7 @@ def plan_of(config: MoEConfig, target: Target, choice: Choice) -> Plan:
     """
     choices.check(config, target, choice)
     geometry = Geometry(config, choice.tiling)
-    return Plan(geometry, target, emission.te_source(geometry, target), choice.knobs, choice.regimes)
+    return Plan(geometry, target, emission.te_source(geometry, target), choice.knobs, choice.regimes, tuning=tuning or {})
 
 
 def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None, arch: str | None = None) -> Plan:
@@ -121,9 +156,15 @@ def own_sources() -> str:
     for folder in ("templates/llvm", "templates/te", "schedules"):
         top, _, rest = folder.partition("/")
         for path in sorted((package_folder(top) / rest).rglob("*")):
-            if path.is_file() and path.suffix != ".pyc":
+            if path.is_file() and path.suffix not in (".pyc", ".md"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def provenance() -> records.Provenance:
+    """What times measured here and now depend on."""
+    found = versions()
+    return records.Provenance(own_sources(), f"apache-tvm {found['apache-tvm']}, LLVM {compiler.llvm_version()}", processor())
 
 
 def versions() -> dict[str, str]:

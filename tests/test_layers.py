@@ -45,6 +45,7 @@ ORDER = (
     ("presets",),
     ("options",),
     ("bench",),
+    ("tune",),
     ("report",),
     ("cli",),
     ("__main__",),
@@ -71,6 +72,18 @@ INSIDE = {
         ("process",),
         ("team",),
         ("__init__",),
+    ),
+    "tune": (
+        ("search", "measuring", "journal", "space"),
+        ("remote",),
+        ("worker", "building"),
+        ("lines",),
+        ("stand",),
+        ("session",),
+        ("verdicts",),
+        ("shelf",),
+        ("__init__",),
+        ("command",),
     ),
     "report": (
         ("readings",),
@@ -105,13 +118,13 @@ FOREIGN_ONLY_IN = {
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"report.drawing"},
     "PIL": {"report.drawing"},
-    "click": {"bench.command", "cli", "options", "report.command"},
-    "tqdm": {"bench.command", "cli"},
+    "click": {"bench.command", "cli", "options", "report.command", "tune.command", "tune.shelf"},
+    "tqdm": {"bench.command", "cli", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"},
     "onnx": {"bench.contenders.onnx_layer"},
     "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),
-    "xgboost": set(),
+    "xgboost": {"tune.search"},
 }
 SCHEDULES_MAY = {"config", "errors", "geometry", "target", "schedules"}
 

@@ -75,8 +75,8 @@ def check(geometry: Geometry, target: Target, knobs: Knobs) -> None:
 def space(geometry: Geometry, target: Target) -> dict[str, tuple[int, ...]]:
     """The values worth trying for each field of `Streaming`; not all of their combinations are legal."""
     lines = max(each.lines_per_chunk(geometry.config.dtype) for each in (geometry.up, geometry.down))
-    bursts = tuple(burst for burst in (4, 8, 16, 32) if burst <= lines) or (16,)
-    return {"k_unroll": (1, 2, 4), "lead_lines": (16, 32, 64, 96, 128, 192, 256), "burst_lines": bursts}
+    bursts = tuple(burst for burst in (8, 16, 32) if burst <= lines) or (16,)
+    return {"k_unroll": (1, 2), "lead_lines": (32, 64, 128, 192), "burst_lines": bursts}
 
 
 def part_of(function: str) -> str:

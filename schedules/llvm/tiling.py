@@ -90,12 +90,12 @@ def three_regimes(tiling: Tiling, regimes: Sequence[Regime]) -> tuple[Regime, Re
 def space(tiling: Tiling) -> dict[str, tuple[int, ...]]:
     """The values worth trying for what the host chooses: fields of `Regime`, and `chunk_rows` of the tiling."""
     rows = tiling.max_rows
-    tiles = sorted({max(1, rows - less) for less in (0, 1, 2, 4, 6)})
-    passes = [rows * times for times in (2, 4, 6, 10, 16, 20, 28)]
+    tiles = sorted({max(1, rows - less) for less in (0, 2, 4, 6)})
+    passes = [rows * times for times in (4, 6, 10, 16, 20, 28)]
     return {
         "tile_rows": tuple(tiles),
         "pass_rows": tuple(passes),
-        "chunk_rows": tuple(rows * times for times in (6, 10, 14, 20, 28, 40)),
+        "chunk_rows": tuple(rows * times for times in (6, 10, 14, 20, 28)),
         "tasks_per_thread": (1, 2, 4, 8),
     }
 
