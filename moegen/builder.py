@@ -43,6 +43,7 @@ def build(
     arch: str | None = None,
     verify: bool = True,
     force: bool = False,
+    tuning: bool = True,
     known_objects: str | os.PathLike[str] | None = None,
 ) -> Artifact:
     """Builds one layer, or finds it already built for the same inputs.
@@ -55,6 +56,7 @@ def build(
         arch: `x86_64` or `aarch64`; None for this machine's. Another one needs a C++ compiler for it ($CXX).
         verify: prove the module against the float64 reference; skipped (and recorded as skipped) for other processors' code.
         force: build even when it is there.
+        tuning: use tuning records that hold on this machine (see `moegen.records`); a `Plan` has its choices already.
         known_objects: a folder of object files of earlier builds, to take from and to add to (see `moegen.objects`).
 
     Returns:
@@ -64,7 +66,7 @@ def build(
         BuildError, TargetError, ScheduleError, VerificationError: nothing was left behind.
         ArtifactError: the store cannot be written.
     """
-    todo = config if isinstance(config, Plan) else plan(config, target, mcpu, arch=arch)
+    todo = config if isinstance(config, Plan) else plan(config, target, mcpu, arch=arch, tuned=tuning)
     store = pathlib.Path(out) if out is not None else artifacts.default_store()
     final = store / todo.name
     if not force and (existing := _already_built(final, todo)) is not None:

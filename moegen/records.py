@@ -42,8 +42,8 @@ _COMMON: dict[str, Any] = {
 _FIELDS: dict[str, dict[str, Any]] = {
     "trial": {"trial": int, "status": str, "knobs": dict, "default_seconds": _NUMBER},
     "null": {"ratio": _NUMBER, "band": list, "default_seconds": _NUMBER},
-    "decision": {"id": str, "better": bool, "knobs": dict, "points": list},
-    "verdict": {"decision": str, "holds": bool, "ratio": _NUMBER},
+    "decision": {"id": str, "better": bool, "knobs": dict, "points": list, "null": dict, "trials": dict, "reason": str},
+    "verdict": {"decision": str, "holds": bool},
 }
 
 Line = Mapping[str, Any]
@@ -177,6 +177,10 @@ def fault(line: Any) -> str:
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in knobs.values()):
         return "a knob is not a whole number"
     if kind == "decision":
+        if line["better"] and not line["points"]:
+            return "it is better, but has no points"
+        if not _is_band(line["null"].get("band")):
+            return "null lacks its band"
         return next((reason for point in line["points"] if (reason := _point_fault(point))), "")
     return ""
 
@@ -184,9 +188,15 @@ def fault(line: Any) -> str:
 def _point_fault(point: Any) -> str:
     if not isinstance(point, dict) or not isinstance(point.get("tokens"), int) or not isinstance(point.get("routing"), str):
         return "a point lacks tokens or routing"
-    band = point.get("band")
-    numbers = [point.get("ratio"), *(band if isinstance(band, list) and len(band) == 2 else [None])]
-    return "" if all(isinstance(n, _NUMBER) and n > 0 and math.isfinite(n) for n in numbers) else "a point lacks its ratio or band"
+    return "" if _is_positive(point.get("ratio")) and _is_band(point.get("band")) else "a point lacks its ratio or band"
+
+
+def _is_band(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
 
 
 def _refuse(constant: str) -> NoReturn:

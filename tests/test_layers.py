@@ -75,7 +75,6 @@ INSIDE = {
     ),
     "tune": (
         ("search", "measuring", "journal", "space"),
-        ("remote",),
         ("worker", "building"),
         ("lines",),
         ("stand",),

@@ -5,7 +5,6 @@ python -m moegen.tune.building JOB.json
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -19,7 +18,7 @@ from ..config import MoEConfig
 from ..errors import MoegenError, ScheduleError
 from ..machine import end_with_parent
 from ..target import Target, usable_processors
-from .measuring import Failed, end_all, run_module
+from .measuring import Failed, in_parallel, run_module
 from .space import Space
 
 
@@ -48,14 +47,8 @@ class Workshop:
 
     def build(self, candidates: Sequence[Candidate]) -> list[pathlib.Path | Failed]:
         """Artifacts of the candidates, built side by side, or why there is none."""
-        folders = [self._new_folder() for _ in candidates]
-        with concurrent.futures.ThreadPoolExecutor(usable_processors()) as threads:
-            try:
-                return list(threads.map(self._build, candidates, folders))
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                end_all()
-                raise
+        todo = [(candidate, self._new_folder()) for candidate in candidates]
+        return list(in_parallel(lambda each: self._build(*each), todo, usable_processors()))
 
     def remove(self, artifact: pathlib.Path) -> None:
         """Makes room."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -87,22 +88,24 @@ class Scribe:
 
     def verdict(self, decision: Line, holds: bool, reason: str, points: Sequence[Measured]) -> Line:
         """Whether a decision from elsewhere holds here."""
-        return self._common("verdict") | {"decision": decision["id"], "holds": holds, "reason": reason} | _times(points)
+        times = _times(points) if points else {"ratio": None, "band": None, "points": []}
+        return self._common("verdict") | {"decision": decision["id"], "holds": holds, "reason": reason} | times
 
     def same_run(self, line: Line) -> bool:
         """Whether a line was measured under the circumstances of this run, so that it need not be measured again."""
-        own = self._common(str(line["kind"]))
-        return all(line.get(name) == own[name] for name in ("layer", "target", "regime", "provenance", "threads"))
+        return all(line.get(name) == self._circumstances[name] for name in ("layer", "target", "regime", "provenance", "threads"))
 
     def _common(self, kind: str) -> dict[str, Any]:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return {"schema_version": records.SCHEMA_VERSION, "kind": kind, "created": now, **self._circumstances}
+
+    @functools.cached_property
+    def _circumstances(self) -> dict[str, Any]:
         machine = this_machine()
         return {
-            "schema_version": records.SCHEMA_VERSION,
-            "kind": kind,
             "regime": self.regime,
             "layer": records.layer_of(self.config),
             "target": self.target.slug,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "provenance": dataclasses.asdict(provenance()),
             "versions": versions(),
             "threads": self.threads,

@@ -144,10 +144,14 @@ class _Regime:
         """Searches, measures the best again, and records what came of it."""
         self.watch.stage(f"{self.name}: the default beside its own copy")
         null = self._null()
+        before = len(self.trials)
         self._run(null)
-        self.watch.stage(f"{self.name}: the best again")
-        line = self._final(null)
-        self.journal.append(line)
+        if len(self.trials) == before and (known := self._same("decision")):
+            line = known[-1]
+        else:
+            self.watch.stage(f"{self.name}: the best again")
+            line = self._final(null)
+            self.journal.append(line)
         self.watch.decided(line)
         return line
 
@@ -233,7 +237,7 @@ def judged(points: Sequence[Measured], own: Sequence[int], null_band: Sequence[f
         null_band: what the default reaches beside its own copy.
     """
     whole = ratio([point for point in points if point.tokens in own])
-    slower = [point for point in points if ratio([point]).low > 1]
+    slower = [point for point in points if ratio([point]).low > 1 and ratio([point]).value > null_band[1]]
     if slower:
         worst = max(slower, key=lambda point: ratio([point]).value)
         percent = 100 * (ratio([worst]).value - 1)

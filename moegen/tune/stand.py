@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -19,7 +18,7 @@ from ..machine import available_bytes, this_machine
 from ..presets import weight_bytes
 from ..target import Target, host_arch, missing_features
 from .building import Candidate, Workshop
-from .measuring import Failed, Here, Measured, Place, Places, end_all, merged, points_of
+from .measuring import Failed, Here, Measured, Place, Places, in_parallel, merged, points_of
 
 _COPIES_IN_MEMORY = 3.0  # of the weights: as files, packed in a file, packed in a worker
 _MEMORY_FRACTION = 0.8
@@ -124,13 +123,7 @@ class Stand:
                 return failure
 
         self.prepare([regime])
-        with concurrent.futures.ThreadPoolExecutor(max(1, self.places.count)) as threads:
-            try:
-                yield from threads.map(one, artifacts)
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                end_all()
-                raise
+        yield from in_parallel(one, artifacts, max(1, self.places.count))
 
 
 @contextlib.contextmanager
