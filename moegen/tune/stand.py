@@ -22,6 +22,7 @@ from .measuring import Failed, Here, Measured, Place, Places, in_parallel, merge
 
 _COPIES_IN_MEMORY = 3.0  # of the weights: as files, packed in a file, packed in a worker
 _MEMORY_FRACTION = 0.8
+_MOST_COPIES = 64  # a layer that needs more to exceed the caches is a toy
 _BYTES_PER_SECOND = 50e6  # at the least; what takes longer than all weights do at this rate is a hang
 ROUTINGS = ("uniform", "zipf")
 
@@ -63,7 +64,7 @@ class Stand:
         self.workshop = Workshop(config, target, folder)
         self.default = self._default(folder)
         packed_bytes = int(open_artifact(self.default).manifest["packed_bytes"])
-        self.copies = -(-2 * this_machine().l3_bytes // packed_bytes)
+        self.copies = min(_MOST_COPIES, -(-2 * this_machine().l3_bytes // packed_bytes))
 
     def _default(self, folder: pathlib.Path) -> pathlib.Path:
         (built,) = self.workshop.build([Candidate("few", {})])
