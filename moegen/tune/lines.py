@@ -44,18 +44,15 @@ class Scribe:
 
         Args:
             seconds: what the trial took.
-            usual: time of the default, where this trial has none.
+            usual: time of the default in the null measurement. The candidate's is that times its ratio, so that trials can be
+                compared, whatever the state of the machine was in each; the samples are as they were.
         """
-        line = {**self._common("trial"), "trial": number, "status": "correct", "reason": None, "knobs": dict(knobs)}
+        line = {**self._common("trial"), "trial": number, "knobs": dict(knobs), "trial_seconds": round(seconds, 2)}
         if isinstance(outcome, Failed):
-            return line | {
-                "status": outcome.status,
-                "reason": str(outcome),
-                "seconds": None,
-                "default_seconds": usual,
-                "trial_seconds": round(seconds, 2),
-            }
-        return line | _times(outcome) | {"trial_seconds": round(seconds, 2)}
+            return line | {"status": outcome.status, "reason": str(outcome), "seconds": None, "default_seconds": usual}
+        found = _times(outcome)
+        compared = {"seconds": usual * found["ratio"], "default_seconds": usual}
+        return line | {"status": "correct", "reason": None} | found | compared
 
     def null(self, points: Sequence[Measured]) -> Line:
         """The default beside its copy."""

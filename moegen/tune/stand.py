@@ -18,7 +18,7 @@ from ..machine import available_bytes, this_machine
 from ..presets import weight_bytes
 from ..target import Target, host_arch, missing_features
 from .building import Candidate, Workshop
-from .measuring import Failed, Here, Measured, Place, Places, in_parallel, merged, points_of
+from .measuring import Failed, Here, Measured, Place, Places, in_parallel, merged, points_of, ratio
 
 _COPIES_IN_MEMORY = 3.0  # of the weights: as files, packed in a file, packed in a worker
 _MEMORY_FRACTION = 0.8
@@ -35,12 +35,16 @@ class Effort:
         rounds: turns of the default and of the candidate at each point.
         min_ms: milliseconds of calls in a turn, at least one call.
         patience_seconds: a measurement that takes so much longer than reading the weights counts as hung.
+        band: a ratio that is known less well than this is measured again.
+        repeats: how often, at the most.
         processes: fresh processes in which a decision is measured.
     """
 
     rounds: int = 12
     min_ms: float = 5.0
     patience_seconds: float = 120.0
+    band: float = 0.04
+    repeats: int = 2
     processes: int = 4
 
 
@@ -98,6 +102,8 @@ class Stand:
     def measure(self, artifact: pathlib.Path, regimes: Sequence[str], processes: int = 1) -> list[Measured]:
         """An artifact beside the default at the points of some regimes, in one fresh process after another.
 
+        Where the machine is busy, one process more may tell what the first could not.
+
         Raises:
             Failed: it crashes, hangs or is wrong.
             MeasureError: there is no place left to measure at.
@@ -112,7 +118,13 @@ class Stand:
             "min_ms": self.effort.min_ms,
             "copies": self.copies,
         }
-        return merged([points_of(self.places.measure(job), self.config.dtype) for _ in range(processes)])
+        found = merged([points_of(self.places.measure(job), self.config.dtype) for _ in range(processes)])
+        for _ in range(self.effort.repeats):
+            known = ratio(found)
+            if known.high - known.low <= self.effort.band:
+                break
+            found = merged([found, points_of(self.places.measure(job), self.config.dtype)])
+        return found
 
     def measure_each(self, artifacts: Sequence[pathlib.Path | Failed], regime: str) -> Iterator[list[Measured] | Failed]:
         """One result for each artifact, in order, from as many places at a time as there are."""
