@@ -132,9 +132,39 @@ def test_a_winner_is_faster_beyond_the_noise_and_slower_nowhere() -> None:
 # ---------------------------------------------------------------- processes
 
 
+TUNED = {"few": {"up.lead_lines": 32, "down.k_unroll": 2}, "some": {"tile_rows": 2}, "many": {"pass_rows": 16, "chunk_rows": 60}}
+
+
 @pytest.fixture(scope="module")
-def default(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return moegen.build(plan.plan(CONFIG, mcpu=MCPU), out=tmp_path_factory.mktemp("store"), verify=False).path
+def known_objects(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("objects")
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory, known_objects: pathlib.Path) -> pathlib.Path:
+    """An artifact whose every choice comes from records."""
+    logs = tmp_path_factory.mktemp("logs")
+    put(logs, *(decision(f"id-{name}", name) | {"target": TARGET.slug, "knobs": knobs} for name, knobs in TUNED.items()))
+    tuned = plan.plan(CONFIG, mcpu=MCPU, logs=logs)
+    return moegen.build(tuned, out=tmp_path_factory.mktemp("store"), known_objects=known_objects).path
+
+
+def test_a_tuned_artifact(default: pathlib.Path, known_objects: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    made = moegen.open_artifact(default)
+    assert made.manifest["verified"] == "passed"
+    assert made.manifest["tuning"] == {regime: f"id-{regime}" for regime in choices.REGIMES}
+    assert made.manifest["knobs"]["expert_up"]["few"]["lead_lines"] == 32
+    assert [regime["tile_rows"] for regime in made.manifest["regimes"]][1] == 2
+    assert made.manifest["tiling"]["chunk_rows"] == 60
+    shown = CliRunner().invoke(cli.main, ["inspect", str(default)]).output
+    assert "tuned: few=id-few, some=id-some, many=id-many" in shown
+    assert "expert_down: few.k_unroll=2, few.lead_lines=64" in shown
+
+    before = {path.name for path in known_objects.iterdir()}
+    space = Space(CONFIG, TARGET, "few")
+    moegen.build(space.plan({**space.default, **TUNED["few"]}), out=tmp_path, verify=False, known_objects=known_objects)
+    added = {path.name.partition("-")[0] for path in known_objects.iterdir() if path.name not in before}
+    assert added == {"host"}, "the kernels are those that were compiled before"
 
 
 @pytest.fixture(scope="module")
