@@ -26,13 +26,13 @@ import moegen
 from moegen import artifact as artifacts
 from moegen import choices, cli, plan, records
 from moegen.bench import workload
-from moegen.errors import MeasureError
+from moegen.errors import CandidateError, MeasureError, PlaceLost
 from moegen.report import readings
 from moegen.target import host_arch
 from moegen.toolchain import cxx
 from moegen.tune import measuring, session, verdicts
 from moegen.tune.journal import Journal
-from moegen.tune.measuring import Failed, Here, Measured, Places, points_of, ratio
+from moegen.tune.measuring import Here, Measured, Places, points_of, ratio
 from moegen.tune.search import Search
 from moegen.tune.session import Request, judged, tune
 from moegen.tune.space import Space
@@ -244,7 +244,7 @@ def test_a_bad_candidate_costs_one_trial(
     body: str, status: str, what: str, default: pathlib.Path, candidate: Any, folders: list[str], tmp_path: pathlib.Path
 ) -> None:
     made = candidate(body)
-    with pytest.raises(Failed, match=what) as failed:
+    with pytest.raises(CandidateError, match=what) as failed:
         points_of(Here(tmp_path, limit_seconds=2 if status == "timeout" else 60).measure(_job(default, made, folders)), "float32")
     assert failed.value.status == status
     assert not measuring._running
@@ -272,10 +272,6 @@ def _gone(pid: int) -> None:
     raise AssertionError(f"process {pid} is still there")
 
 
-class Lost(MeasureError):
-    pass
-
-
 class Somewhere:
     """A place that answers, or is lost."""
 
@@ -290,14 +286,14 @@ class Somewhere:
 
 
 def test_a_lost_place_costs_one_more_try() -> None:
-    places = Places([Somewhere(Lost("gone")), Somewhere(1, 2, Failed("runtime", "crash"), 3)], (Lost,))
+    places = Places([Somewhere(PlaceLost("gone")), Somewhere(1, 2, CandidateError("crash", "runtime"), 3)])
     assert [places.measure({})["points"] for _ in range(2)] == [1, 2]
     assert places.count == 1
-    with pytest.raises(Failed, match="crash"):
+    with pytest.raises(CandidateError, match="crash"):
         places.measure({})
     assert places.measure({})["points"] == 3, "a place is not lost with a candidate"
-    places = Places([Somewhere(Lost("gone")), Somewhere(Lost("gone, too"))], (Lost,))
-    with pytest.raises(Failed, match="two places were lost with it: gone, too"):
+    places = Places([Somewhere(PlaceLost("gone")), Somewhere(PlaceLost("gone, too"))])
+    with pytest.raises(CandidateError, match="two places were lost with it: gone, too"):
         places.measure({})
     with pytest.raises(MeasureError, match="no place to measure at is left"):
         places.measure({})
@@ -328,7 +324,7 @@ class FakeStand:
 
     config, target, threads, seed, effort = CONFIG, TARGET, 1, 0, Effort()
 
-    def __init__(self, factor: Callable[[Mapping[str, int]], float], fails: Mapping[int, Failed] | None = None) -> None:
+    def __init__(self, factor: Callable[[Mapping[str, int]], float], fails: Mapping[int, CandidateError] | None = None) -> None:
         self.factor, self.fails, self.workshop = factor, fails or {}, Workshop()
         self.built: list[Mapping[str, int]] = []
         self.stop_after = 10**6
@@ -339,7 +335,7 @@ class FakeStand:
     def copy_of_default(self) -> pathlib.Path:
         return pathlib.Path("-1")
 
-    def build(self, regime: str, candidates: Sequence[Mapping[str, int]]) -> list[pathlib.Path | Failed]:
+    def build(self, regime: str, candidates: Sequence[Mapping[str, int]]) -> list[pathlib.Path | CandidateError]:
         if len(self.built) >= self.stop_after:
             raise KeyboardInterrupt
         first = len(self.built)
@@ -350,8 +346,8 @@ class FakeStand:
         factor = self.factor(self.built[int(str(artifact))]) if str(artifact) != "-1" else 1.0
         return [_measured(tokens, factor, 12 * processes, 0.004) for tokens in self.tokens(regimes)]
 
-    def measure_each(self, made: Sequence[pathlib.Path | Failed], regime: str) -> Iterator[list[Measured] | Failed]:
-        yield from (each if isinstance(each, Failed) else self.measure(each, [regime]) for each in made)
+    def measure_each(self, made: Sequence[pathlib.Path | CandidateError], regime: str) -> Iterator[list[Measured] | CandidateError]:
+        yield from (each if isinstance(each, CandidateError) else self.measure(each, [regime]) for each in made)
 
 
 @pytest.fixture
@@ -379,7 +375,7 @@ def _leads(candidate: Mapping[str, int]) -> float:
 
 
 def test_a_run(standing: Any, tmp_path: pathlib.Path) -> None:
-    standing(FakeStand(_leads, {3: Failed("compile", "a reason"), 5: Failed("timeout", "it hangs")}))
+    standing(FakeStand(_leads, {3: CandidateError("a reason", "compile"), 5: CandidateError("it hangs", "timeout")}))
     (decided,) = tune(_request(tmp_path))
     assert decided["better"]
     assert decided["knobs"]["up.lead_lines"] == 32

@@ -15,10 +15,10 @@ from typing import Any
 
 from ..builder import build
 from ..config import MoEConfig
-from ..errors import MoegenError, ScheduleError
+from ..errors import CandidateError, MoegenError, ScheduleError
 from ..machine import end_with_parent
 from ..target import Target, usable_processors
-from .measuring import Failed, in_parallel, run_module
+from .measuring import in_parallel, run_module
 from .space import Space
 
 
@@ -45,7 +45,7 @@ class Workshop:
         self._count = 0
         (folder / "objects").mkdir()
 
-    def build(self, candidates: Sequence[Candidate]) -> list[pathlib.Path | Failed]:
+    def build(self, candidates: Sequence[Candidate]) -> list[pathlib.Path | CandidateError]:
         """Artifacts of the candidates, built side by side, or why there is none."""
         todo = [(candidate, self._new_folder()) for candidate in candidates]
         return list(in_parallel(lambda each: self._build(*each), todo, usable_processors()))
@@ -60,11 +60,11 @@ class Workshop:
         folder.mkdir()
         return folder
 
-    def _build(self, candidate: Candidate, folder: pathlib.Path) -> pathlib.Path | Failed:
+    def _build(self, candidate: Candidate, folder: pathlib.Path) -> pathlib.Path | CandidateError:
         try:
             Space(self.config, self.target, candidate.regime).choice(candidate.knobs)
         except ScheduleError as error:
-            return Failed("rejected", str(error))
+            return CandidateError(str(error), "rejected")
         job = {
             "config": self.config.to_dict(),
             "target": self.target.to_dict(),
@@ -77,8 +77,8 @@ class Workshop:
         file.write_text(json.dumps(job), encoding="utf-8")
         try:
             run_module("building", [str(file)], self.limit_seconds, folder / "building.log")
-        except Failed as failure:
-            return failure if failure.status == "timeout" else Failed("compile", str(failure))
+        except CandidateError as failure:
+            return failure if failure.status == "timeout" else CandidateError(str(failure), "compile")
         return next(path.parent for path in folder.glob("*/manifest.json"))
 
 

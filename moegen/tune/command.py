@@ -97,7 +97,7 @@ def _layer(options: dict[str, Any], model: str | None, preset: str | None) -> Mo
 
 def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, options: dict[str, Any]) -> None:
     check_target(target)
-    places, lost = _places(options)
+    places = _places(options)
     from .. import compiler  # here, because `moegen --help` needs no compiler
     from . import session, stand
 
@@ -116,7 +116,7 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
     with contextlib.ExitStack() as stack:
         watch = _watch(stack, config, resolved)
         try:
-            decisions = session.tune(asked, watch, places, lost)
+            decisions = session.tune(asked, watch, places)
         except KeyboardInterrupt:
             stack.close()
             click.echo(shelf.kept(asked.logs), err=True)
@@ -127,17 +127,18 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
         click.echo("`moegen build` with the same layer uses what is faster from now on")
 
 
-def _places(options: dict[str, Any]) -> tuple[Sequence[Any], tuple[type[Exception], ...]]:
-    """Where to measure, and what a lost place raises; nothing stands for this machine."""
+def _places(options: dict[str, Any]) -> Sequence[Any]:
+    """Where to measure; nothing stands for this machine."""
     tracker, key = options["rpc"], options["key"]
     if bool(tracker) != bool(key):
         raise click.UsageError("--rpc HOST:PORT and --key NAME go together.")
     if not tracker:
-        return (), ()
+        return ()
     # Imported here, because only this needs the packages of remote calls.
-    from .remote import PlaceLost, servers  # type: ignore[import-not-found, unused-ignore]
+    from .remote import servers  # type: ignore[import-not-found, unused-ignore]
 
-    return servers(tracker, key), (PlaceLost,)
+    found: Sequence[Any] = servers(tracker, key)
+    return found
 
 
 def _watch(stack: contextlib.ExitStack, config: MoEConfig, target: Target) -> Watch:

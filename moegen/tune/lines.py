@@ -12,11 +12,12 @@ from typing import Any
 
 from .. import records
 from ..config import MoEConfig
+from ..errors import CandidateError
 from ..machine import this_machine
 from ..plan import provenance, versions
 from ..records import Line
 from ..target import Target
-from .measuring import Failed, Measured, geometric_mean, ratio
+from .measuring import Measured, geometric_mean, ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Scribe:
     seed: int
 
     def trial(
-        self, number: int, knobs: Mapping[str, int], outcome: Sequence[Measured] | Failed, seconds: float, usual: float
+        self, number: int, knobs: Mapping[str, int], outcome: Sequence[Measured] | CandidateError, seconds: float, usual: float
     ) -> Line:
         """A candidate and what became of it.
 
@@ -48,7 +49,7 @@ class Scribe:
                 compared, whatever the state of the machine was in each; the samples are as they were.
         """
         line = {**self._common("trial"), "trial": number, "knobs": dict(knobs), "trial_seconds": round(seconds, 2)}
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, CandidateError):
             return line | {"status": outcome.status, "reason": str(outcome), "seconds": None, "default_seconds": usual}
         found = _times(outcome)
         compared = {"seconds": usual * found["ratio"], "default_seconds": usual}

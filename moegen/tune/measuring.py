@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bench.workload import RELATIVE_L2
-from ..errors import MeasureError
+from ..errors import CandidateError, MeasureError, PlaceLost
 from ..paths import PACKAGE
 
 _RESAMPLES = 1000
@@ -43,14 +43,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Failed(Exception):
-    """A candidate that cannot be built or measured: its `status`, as records have it, and the reason."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 class Place(Protocol):
     """Somewhere to measure."""
 
@@ -58,9 +50,13 @@ class Place(Protocol):
         """Carries out a job.
 
         Raises:
-            Failed: the candidate crashes or hangs.
-            MeasureError: the place is lost, or cannot carry out the job.
+            CandidateError: the candidate crashes or hangs.
+            PlaceLost: the place is gone.
+            MeasureError: the job cannot be done here, whatever the candidate.
         """
+
+    def close(self) -> None:
+        """Frees what is held for further jobs."""
 
 
 # ---------------------------------------------------------------- processes
@@ -73,7 +69,7 @@ def run_module(module: str, arguments: Sequence[str], limit_seconds: float, log:
     """Runs a module of moegen in a process group of its own; neither it nor what it started is left when this returns or raises.
 
     Raises:
-        Failed: it crashed (`runtime`) or took too long (`timeout`).
+        CandidateError: it crashed (`runtime`) or took too long (`timeout`).
     """
     path = os.pathsep.join(part for part in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if part)
     with log.open("wb") as output:
@@ -89,7 +85,7 @@ def run_module(module: str, arguments: Sequence[str], limit_seconds: float, log:
         try:
             code = process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
-            raise Failed("timeout", f"it did not end within {limit_seconds:g} s") from None
+            raise CandidateError(f"it did not end within {limit_seconds:g} s", "timeout") from None
         finally:
             end(process.pid)
             process.wait()
@@ -97,7 +93,7 @@ def run_module(module: str, arguments: Sequence[str], limit_seconds: float, log:
     if code:
         how = f"it crashed with {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
         said = _last_line(log)
-        raise Failed("runtime", f"{how}{f': {said}' if said else ''}")
+        raise CandidateError(f"{how}{f': {said}' if said else ''}", "runtime")
 
 
 def end_all() -> None:
@@ -168,8 +164,11 @@ class Here:
         try:
             found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise Failed("runtime", "it ended without a result") from None
+            raise CandidateError("it ended without a result", "runtime") from None
         return found
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Places:
@@ -177,15 +176,15 @@ class Places:
 
     Args:
         places: at least one.
-        lost: what a lost place raises.
     """
 
-    def __init__(self, places: Sequence[Place], lost: tuple[type[Exception], ...] = ()) -> None:
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._all = list(places)
         self._free: queue.SimpleQueue[Place] = queue.SimpleQueue()
         for place in places:
             self._free.put(place)
         self._lock = threading.Lock()
-        self.count, self._lost = len(places), lost
+        self.count = len(places)
 
     def measure(self, job: Job) -> dict[str, Any]:
         """As `Place.measure`, at the first place that is free.
@@ -197,11 +196,11 @@ class Places:
             place = self._take()
             try:
                 found = place.measure(job)
-            except self._lost as error:
+            except PlaceLost as error:
                 with self._lock:
                     self.count -= 1
                 if last:
-                    raise Failed("runtime", f"two places were lost with it: {error}") from error
+                    raise CandidateError(f"two places were lost with it: {error}", "runtime") from error
                 continue
             except BaseException:
                 self._free.put(place)
@@ -209,6 +208,11 @@ class Places:
             self._free.put(place)
             return found
         raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Closes all of them."""
+        for place in self._all:
+            place.close()
 
     def _take(self) -> Place:
         while True:
@@ -290,7 +294,7 @@ def points_of(result: Mapping[str, Any], dtype: str) -> list[Measured]:
     """The points of a result.
 
     Raises:
-        Failed: one of the layers was wrong at a point (`wrong`), or the result is not whole (`runtime`).
+        CandidateError: one of the layers was wrong at a point (`wrong`), or the result is not whole (`runtime`).
     """
     points: list[Measured] = []
     for point in result.get("points", []):
@@ -298,13 +302,13 @@ def points_of(result: Mapping[str, Any], dtype: str) -> list[Measured]:
         where = f"at {point['tokens']} tokens, {pathlib.Path(point['workload']).name} routing"
         for who, error in (("the default", default), ("it", candidate)):
             if not error <= RELATIVE_L2[dtype]:
-                raise Failed("wrong", f"{who} is off by a relative L2 error of {error:.1e} {where}")
+                raise CandidateError(f"{who} is off by a relative L2 error of {error:.1e} {where}", "wrong")
         first, second = ([float(s) for s in samples] for samples in point["seconds"])
         if not first or len(first) != len(second) or not all(0 < s < math.inf for s in (*first, *second)):
-            raise Failed("runtime", f"there are no times {where}")
+            raise CandidateError(f"there are no times {where}", "runtime")
         points.append(Measured(pathlib.Path(point["workload"]).name, int(point["tokens"]), tuple(first), tuple(second)))
     if not points:
-        raise Failed("runtime", "there are no points in the result")
+        raise CandidateError("there are no points in the result", "runtime")
     return points
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from .. import choices, records
 from ..config import MoEConfig
-from ..errors import MeasureError
+from ..errors import CandidateError, MeasureError
 from ..records import Line
 from ..target import Target, usable_processors
 from .journal import Journal
 from .lines import Scribe
-from .measuring import Failed, Measured, Place, ratio
+from .measuring import Measured, Place, ratio
 from .search import BATCH, Search
 from .space import Space
 from .stand import Effort, Stand, open_stand
@@ -76,14 +76,11 @@ class Watch:
         """A regime's search is over."""
 
 
-def tune(
-    asked: Request, watch: Watch | None = None, places: Sequence[Place] = (), lost: tuple[type[Exception], ...] = ()
-) -> list[Line]:
+def tune(asked: Request, watch: Watch | None = None, places: Sequence[Place] = ()) -> list[Line]:
     """Tunes a layer; returns the decision of each regime.
 
     Args:
         places: where to measure; this machine when there are none.
-        lost: what a lost place raises.
 
     Raises:
         MeasureError, TargetError, BuildError: it cannot be measured.
@@ -97,7 +94,7 @@ def tune(
         for regime in asked.regimes:
             journals.append(Journal(records.file_of(folder, asked.target.slug, layer, regime)))
         seen.stage("drawing weights and building the default")
-        with open_stand(asked.config, asked.target, threads, asked.seed, asked.effort, places, lost) as stand:
+        with open_stand(asked.config, asked.target, threads, asked.seed, asked.effort, places) as stand:
             return [
                 _Regime(asked, Scribe(asked.config, asked.target, regime, threads, asked.seed), stand, journal, seen).decide()
                 for regime, journal in zip(asked.regimes, journals, strict=True)
@@ -166,7 +163,7 @@ class _Regime:
     def _try_default(self) -> list[Measured]:
         try:
             return self.stand.measure(self.stand.copy_of_default(), [self.name], processes=2)
-        except Failed as failure:
+        except CandidateError as failure:
             raise MeasureError(f"the default itself cannot be measured ({failure.status}): {failure}") from failure
 
     def _run(self, null: Line) -> None:
@@ -204,7 +201,7 @@ class _Regime:
         knobs, artifact = best
         try:
             points = self.stand.measure(artifact, choices.REGIMES, self.asked.effort.processes)
-        except Failed as failure:
+        except CandidateError as failure:
             return self.scribe.decision(False, f"the best candidate failed: {failure}", {}, [], null, statuses, own)
         better, reason = judged(points, own, null["band"])
         return self.scribe.decision(better, reason, knobs, points, null, statuses, own)
@@ -217,10 +214,10 @@ class _Regime:
         built = self.stand.build(self.name, [line["knobs"] for line in lines])
         for index, artifact in enumerate(built):
             try:
-                if isinstance(artifact, Failed):
+                if isinstance(artifact, CandidateError):
                     continue
                 found.append((ratio(self.stand.measure(artifact, [self.name], processes=2)).value, index, artifact))
-            except Failed:
+            except CandidateError:
                 continue
         if not found:
             return None

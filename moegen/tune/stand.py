@@ -13,12 +13,12 @@ from ..artifact import open_artifact
 from ..bench import workload
 from ..config import MoEConfig
 from ..display import size
-from ..errors import BuildError, MeasureError, TargetError
+from ..errors import BuildError, CandidateError, MeasureError, TargetError
 from ..machine import available_bytes, this_machine
 from ..presets import weight_bytes
 from ..target import Target, host_arch, missing_features
 from .building import Candidate, Workshop
-from .measuring import Failed, Here, Measured, Place, Places, in_parallel, merged, points_of, ratio
+from .measuring import Here, Measured, Place, Places, in_parallel, merged, points_of, ratio
 
 _COPIES_IN_MEMORY = 3.0  # of the weights: as files, packed in a file, packed in a worker
 _MEMORY_FRACTION = 0.8
@@ -72,7 +72,7 @@ class Stand:
 
     def _default(self, folder: pathlib.Path) -> pathlib.Path:
         (built,) = self.workshop.build([Candidate("few", {})])
-        if isinstance(built, Failed):
+        if isinstance(built, CandidateError):
             raise BuildError(f"the default cannot be built: {built}")
         return built
 
@@ -95,7 +95,7 @@ class Stand:
         """Numbers of tokens at which these regimes are measured."""
         return list(dict.fromkeys(tokens for regime in regimes for tokens in choices.tokens_of(self.config, regime)))
 
-    def build(self, regime: str, candidates: Sequence[Mapping[str, int]]) -> list[pathlib.Path | Failed]:
+    def build(self, regime: str, candidates: Sequence[Mapping[str, int]]) -> list[pathlib.Path | CandidateError]:
         """Artifacts of the candidates of a regime."""
         return self.workshop.build([Candidate(regime, candidate) for candidate in candidates])
 
@@ -105,7 +105,7 @@ class Stand:
         Where the machine is busy, one process more may tell what the first could not.
 
         Raises:
-            Failed: it crashes, hangs or is wrong.
+            CandidateError: it crashes, hangs or is wrong.
             MeasureError: there is no place left to measure at.
         """
         self.prepare(regimes)
@@ -126,13 +126,15 @@ class Stand:
             found = merged([found, points_of(self.places.measure(job), self.config.dtype)])
         return found
 
-    def measure_each(self, artifacts: Sequence[pathlib.Path | Failed], regime: str) -> Iterator[list[Measured] | Failed]:
+    def measure_each(
+        self, artifacts: Sequence[pathlib.Path | CandidateError], regime: str
+    ) -> Iterator[list[Measured] | CandidateError]:
         """One result for each artifact, in order, from as many places at a time as there are."""
 
-        def one(artifact: pathlib.Path | Failed) -> list[Measured] | Failed:
+        def one(artifact: pathlib.Path | CandidateError) -> list[Measured] | CandidateError:
             try:
-                return artifact if isinstance(artifact, Failed) else self.measure(artifact, [regime])
-            except Failed as failure:
+                return artifact if isinstance(artifact, CandidateError) else self.measure(artifact, [regime])
+            except CandidateError as failure:
                 return failure
 
         self.prepare([regime])
@@ -147,13 +149,11 @@ def open_stand(
     seed: int = 0,
     effort: Effort | None = None,
     places: Sequence[Place] = (),
-    lost: tuple[type[Exception], ...] = (),
 ) -> Iterator[Stand]:
     """A stand whose files are gone afterwards.
 
     Args:
         places: where to measure; this machine when there are none.
-        lost: what a lost place raises.
 
     Raises:
         TargetError: the target does not run here, where it is measured.
@@ -168,4 +168,5 @@ def open_stand(
     hurry = effort or Effort()
     with workload.temporary_folder(round(weight_bytes(config) * 2)) as folder:
         here = Here(folder, hurry.patience_seconds + weight_bytes(config) / _BYTES_PER_SECOND)
-        yield Stand(config, target, folder, Places(places or [here], lost), threads, seed, hurry)
+        with contextlib.closing(Places(places or [here])) as everywhere:
+            yield Stand(config, target, folder, everywhere, threads, seed, hurry)

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 from .. import choices, records
 from ..config import MoEConfig
-from ..errors import MoegenError
+from ..errors import CandidateError, MoegenError
 from ..plan import provenance
 from ..records import Line
 from ..target import Target, host_arch, missing_features, usable_processors
 from .journal import Journal
 from .lines import Scribe
-from .measuring import Failed, Measured
+from .measuring import Measured
 from .session import judged
 from .stand import Effort, Stand, open_stand
 
@@ -58,11 +58,11 @@ def _settled(stand: Stand, decision: Line, folder: pathlib.Path) -> str:
 def _measured(stand: Stand, decision: Line) -> tuple[bool, str, list[Measured]]:
     regime = str(decision["regime"])
     (built,) = stand.build(regime, [decision["knobs"]])
-    if isinstance(built, Failed):
+    if isinstance(built, CandidateError):
         return False, f"it cannot be built here: {built}", []
     try:
         points = stand.measure(built, [regime], stand.effort.processes)
-    except Failed as failure:
+    except CandidateError as failure:
         return False, f"it fails here: {failure}", []
     holds, reason = judged(points, stand.tokens([regime]), decision["null"]["band"])
     return holds, reason, points
