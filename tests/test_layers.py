@@ -74,7 +74,8 @@ INSIDE = {
         ("__init__",),
     ),
     "tune": (
-        ("search", "measuring", "journal", "space"),
+        ("search", "processes", "times", "journal", "space"),
+        ("places",),
         ("worker", "building"),
         ("lines",),
         ("stand",),

@@ -30,13 +30,14 @@ from moegen.errors import CandidateError, MeasureError, PlaceLost
 from moegen.report import readings
 from moegen.target import host_arch
 from moegen.toolchain import cxx
-from moegen.tune import measuring, session, verdicts
+from moegen.tune import processes, session, times, verdicts
 from moegen.tune.journal import Journal
-from moegen.tune.measuring import Here, Measured, Places, points_of, ratio
+from moegen.tune.places import Here, Places
 from moegen.tune.search import Search
 from moegen.tune.session import Request, judged, tune
 from moegen.tune.space import Space
 from moegen.tune.stand import Effort
+from moegen.tune.times import Measured, points_of, ratio
 
 CONFIG = moegen.MoEConfig(**TINY)
 MCPU = "x86-64" if host_arch() == "x86_64" else None  # few kernels, which are quick to compile
@@ -223,7 +224,7 @@ def test_measuring(default: pathlib.Path, folders: list[str], tmp_path: pathlib.
     assert [(point.routing, point.tokens, len(point.default)) for point in points] == [("uniform", 2, 3), ("zipf", 2, 3)]
     assert all(point["relative_l2"][0] == point["relative_l2"][1] > 0 for point in result["points"])
     again = points_of(Here(tmp_path).measure(_job(default, copy, folders)), "float32")
-    both = measuring.merged([points, again])
+    both = times.merged([points, again])
     assert [len(point.candidate) for point in both] == [6, 6]
     router = [np.load(pathlib.Path(folder) / "router.weight.npy") for folder in folders]
     assert not np.array_equal(*router), "the routings differ"
@@ -247,7 +248,7 @@ def test_a_bad_candidate_costs_one_trial(
     with pytest.raises(CandidateError, match=what) as failed:
         points_of(Here(tmp_path, limit_seconds=2 if status == "timeout" else 60).measure(_job(default, made, folders)), "float32")
     assert failed.value.status == status
-    assert not measuring._running
+    assert not processes._running
 
 
 def test_what_a_process_started_ends_with_it(tmp_path: pathlib.Path) -> None:
@@ -256,7 +257,7 @@ def test_what_a_process_started_ends_with_it(tmp_path: pathlib.Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     grandchild = int(process.stdout.readline())
-    measuring.end(process.pid)
+    processes.end(process.pid)
     assert process.wait(10) == -signal.SIGKILL
     process.stdout.close()
     _gone(grandchild)
@@ -308,7 +309,7 @@ def test_places_measure_at_the_same_time() -> None:
             return {"points": []}
 
     places = Places([Meets(), Meets()])
-    assert list(measuring.in_parallel(places.measure, [{}] * 4, places.count)) == [{"points": []}] * 4
+    assert list(processes.in_parallel(places.measure, [{}] * 4, places.count)) == [{"points": []}] * 4
 
 
 # ---------------------------------------------------------------- runs
@@ -556,11 +557,11 @@ def test_interrupted_and_resumed(standing: Any, tmp_path: pathlib.Path) -> None:
             if (file.exists() and '"kind": "trial"' in file.read_text()) or running.poll() is not None:
                 break
             time.sleep(0.05)
-        children = measuring._descendants(running.pid)
+        children = processes._descendants(running.pid)
         running.send_signal(signal.SIGINT)
         said = running.communicate(timeout=30)[1]
     finally:
-        measuring.end(running.pid)
+        processes.end(running.pid)
     assert running.returncode == 130, said
     assert "the same command goes on" in said
     for child in children:

@@ -18,7 +18,7 @@ from ..config import MoEConfig
 from ..errors import CandidateError, MoegenError, ScheduleError
 from ..machine import end_with_parent
 from ..target import Target, usable_processors
-from .measuring import in_parallel, run_module
+from .processes import in_parallel, run_module
 from .space import Space
 
 

@@ -17,7 +17,7 @@ from ..machine import this_machine
 from ..plan import provenance, versions
 from ..records import Line
 from ..target import Target
-from .measuring import Measured, geometric_mean, ratio
+from .times import Measured, geometric_mean, ratio
 
 
 @dataclasses.dataclass(frozen=True)

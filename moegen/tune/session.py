@@ -22,10 +22,11 @@ from ..records import Line
 from ..target import Target, usable_processors
 from .journal import Journal
 from .lines import Scribe
-from .measuring import Measured, Place, ratio
+from .places import Place
 from .search import BATCH, Search
 from .space import Space
 from .stand import Effort, Stand, open_stand
+from .times import Measured, ratio
 
 _FINALISTS = 3
 

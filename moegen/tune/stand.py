@@ -18,7 +18,9 @@ from ..machine import available_bytes, this_machine
 from ..presets import weight_bytes
 from ..target import Target, host_arch, missing_features
 from .building import Candidate, Workshop
-from .measuring import Here, Measured, Place, Places, in_parallel, merged, points_of, ratio
+from .places import Here, Place, Places
+from .processes import in_parallel
+from .times import Measured, merged, points_of, ratio
 
 _COPIES_IN_MEMORY = 3.0  # of the weights: as files, packed in a file, packed in a worker
 _MEMORY_FRACTION = 0.8

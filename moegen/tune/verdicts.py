@@ -15,9 +15,9 @@ from ..records import Line
 from ..target import Target, host_arch, missing_features, usable_processors
 from .journal import Journal
 from .lines import Scribe
-from .measuring import Measured
 from .session import judged
 from .stand import Effort, Stand, open_stand
+from .times import Measured
 
 _EFFORT = Effort(processes=2)
 

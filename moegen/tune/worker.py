@@ -2,7 +2,7 @@
 
     python -m moegen.tune.worker JOB.json RESULT.json
 
-`moegen.tune.measuring` describes jobs and results.
+`moegen.tune.places` describes jobs and results.
 """
 
 from __future__ import annotations
