@@ -40,6 +40,7 @@ def build_many(
     arch: str | None = None,
     verify: bool = True,
     force: bool = False,
+    tuning: bool = True,
     jobs: int | None = None,
 ) -> Generator[Outcome, None, None]:
     """Builds several layers in parallel processes; yields each outcome as it comes.
@@ -48,7 +49,7 @@ def build_many(
         jobs: processes at a time; None for one per processor, at most one per configuration.
     """
     workers = min(jobs or os.cpu_count() or 1, len(configs))
-    options = {"target": target, "out": out, "mcpu": mcpu, "arch": arch, "verify": verify, "force": force}
+    options = {"target": target, "out": out, "mcpu": mcpu, "arch": arch, "verify": verify, "force": force, "tuning": tuning}
     if workers <= 1:
         for config in configs:
             yield _attempt(config, options)

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -22,17 +21,16 @@ from typing import Any
 import tvm_ffi.libinfo
 
 from . import artifact as artifacts
-from . import compiler, emission, verification
+from . import compiler, emission, objects, verification
 from .artifact import Artifact
 from .config import MoEConfig
 from .errors import ArtifactError, BuildError, MoegenError, VerificationError
-from .paths import package_folder
+from .objects import first_error
 from .plan import Plan, plan, versions
 from .schedules import llvm
 from .target import host_arch
 from .toolchain import cxx_for
 
-HOST_FILES = ("pool.h", "stage.h", "pack.h", "exports.map")
 INT32_MAX = 2**31 - 1
 
 
@@ -45,6 +43,8 @@ def build(
     arch: str | None = None,
     verify: bool = True,
     force: bool = False,
+    tuning: bool = True,
+    known_objects: str | os.PathLike[str] | None = None,
 ) -> Artifact:
     """Builds one layer, or finds it already built for the same inputs.
 
@@ -56,6 +56,8 @@ def build(
         arch: `x86_64` or `aarch64`; None for this machine's. Another one needs a C++ compiler for it ($CXX).
         verify: prove the module against the float64 reference; skipped (and recorded as skipped) for other processors' code.
         force: build even when it is there.
+        tuning: use tuning records that hold on this machine (see `moegen.records`); a `Plan` has its choices already.
+        known_objects: a folder of object files of earlier builds, to take from and to add to (see `moegen.objects`).
 
     Returns:
         The artifact; its `.path` is what `moegen.load` takes.
@@ -64,7 +66,7 @@ def build(
         BuildError, TargetError, ScheduleError, VerificationError: nothing was left behind.
         ArtifactError: the store cannot be written.
     """
-    todo = config if isinstance(config, Plan) else plan(config, target, mcpu, arch=arch)
+    todo = config if isinstance(config, Plan) else plan(config, target, mcpu, arch=arch, tuned=tuning)
     store = pathlib.Path(out) if out is not None else artifacts.default_store()
     final = store / todo.name
     if not force and (existing := _already_built(final, todo)) is not None:
@@ -72,7 +74,7 @@ def build(
     with artifacts.unpublished(store) as folder:
         try:
             with _blaming_edits(todo):
-                _fill(folder, todo, verify)
+                _fill(folder, todo, verify, None if known_objects is None else pathlib.Path(known_objects))
             artifacts.publish(folder, final, keep=lambda: not force and _already_built(final, todo) is not None)
         except OSError as error:
             raise BuildError(f"cannot write the artifact to {str(store)!r}: {error.strerror or error}") from error
@@ -88,25 +90,14 @@ def _already_built(final: pathlib.Path, todo: Plan) -> Artifact | None:
     return existing if existing.manifest["key"] == todo.key else None
 
 
-def _fill(folder: pathlib.Path, todo: Plan, verify: bool) -> None:
+def _fill(folder: pathlib.Path, todo: Plan, verify: bool, known: pathlib.Path | None) -> None:
     """Everything between an empty folder and a sealed artifact."""
     work = folder / "work"
     work.mkdir()
     module = compiler.load_module(todo.te_source, folder / artifacts.TE_SOURCE)
     functions = _prim_funcs(module)
-    host = _start_host(todo, list(functions), work)
-    try:
-        compiler.compile_object(
-            compiler.schedule(functions, todo.geometry, todo.target, todo.knobs), todo.target, work / "stages.o"
-        )
-    except BaseException:
-        os.killpg(host.pid, signal.SIGKILL)  # the driver and the compiler that it started
-        raise
-    finally:
-        output = host.communicate()[0]
-    if host.returncode:
-        raise BuildError(f"compiling the generated host failed: {_last_line(output)}")
-    _link(work, folder / artifacts.LIBRARY, todo.target.arch)
+    made = objects.compile_all(todo, functions, work, known)
+    _link(work, made, folder / artifacts.LIBRARY, todo.target.arch)
     shutil.rmtree(work)
     manifest = _manifest(todo, list(functions))
     artifacts.seal(folder, manifest)
@@ -126,7 +117,7 @@ def _blaming_edits(todo: Plan) -> Iterator[None]:
     except Exception as error:
         if not todo.edited:
             raise
-        reason = f"{type(error).__name__}: {_last_line(str(error))}"
+        reason = f"{type(error).__name__}: {first_error(str(error))}"
         raise BuildError(
             f"the edited TE module cannot be built, it does not fit its CONFIG, TILING or schedules: {reason}"
         ) from error
@@ -136,22 +127,11 @@ def _prim_funcs(module: Any) -> dict[str, Any]:
     try:
         return compiler.prim_funcs(module.stages())
     except Exception as error:  # the module is the user's text
-        raise BuildError(f"the TE module's stages() fails: {type(error).__name__}: {_last_line(str(error))}") from error
+        raise BuildError(f"the TE module's stages() fails: {type(error).__name__}: {first_error(str(error))}") from error
 
 
-def _start_host(todo: Plan, functions: list[str], work: pathlib.Path) -> subprocess.Popen[str]:
-    """Compiles the generated host beside the stages."""
-    for name in HOST_FILES:
-        shutil.copy(package_folder("templates") / "llvm" / name, work / name)
-    (work / "host.cc").write_text(emission.host_source(todo.geometry, functions, todo.regimes), encoding="utf-8")
-    includes = [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
-    command = [*cxx_for(todo.target.arch), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", "host.cc", "-o", "host.o"]
-    command += includes
-    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-
-def _link(work: pathlib.Path, library: pathlib.Path, arch: str) -> None:
-    command = [*cxx_for(arch), "-shared", "host.o", "stages.o", "-o", str(library.resolve())]
+def _link(work: pathlib.Path, made: list[pathlib.Path], library: pathlib.Path, arch: str) -> None:
+    command = [*cxx_for(arch), "-shared", *(path.name for path in made), "-o", str(library.resolve())]
     command += ["-Wl,--version-script=exports.map", "-Wl,-s"]
     if arch == host_arch():
         command += ["-Wl,--no-undefined", f"-L{pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}"]
@@ -165,7 +145,7 @@ def _link(work: pathlib.Path, library: pathlib.Path, arch: str) -> None:
 def _run(command: list[str], work: pathlib.Path) -> None:
     done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        raise BuildError(f"linking the library failed: {_last_line(done.stdout)}")
+        raise BuildError(f"linking the library failed: {first_error(done.stdout)}")
 
 
 def _prove(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
@@ -193,6 +173,7 @@ def _manifest(todo: Plan, functions: list[str]) -> dict[str, Any]:
         "tiling": dataclasses.asdict(g.tiling),
         "regimes": [dataclasses.asdict(regime) for regime in todo.regimes],
         "knobs": {stage: dataclasses.asdict(todo.knobs[stage]) for stage in dict.fromkeys(map(llvm.stage_of, functions))},
+        "tuning": dict(todo.tuning),
         "segments": g.describe(),
         "packed_bytes": g.packed_bytes,
         "max_tokens": INT32_MAX // c.top_k,
@@ -222,8 +203,3 @@ def _functions(c: MoEConfig) -> dict[str, list[str]]:
         "moe_pool": ["threads int"],
         "moe_pool_free": [pool],
     }
-
-
-def _last_line(text: str) -> str:
-    errors = [line for line in text.splitlines() if "error" in line.lower()]
-    return (errors or text.strip().splitlines() or ["no output"])[0].strip()

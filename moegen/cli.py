@@ -25,6 +25,7 @@ from .display import as_json_text, brief, description, listed, obstacles_of, one
 from .errors import MoegenError
 from .options import check_target, layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
 from .report.command import report
+from .tune.command import tune
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--jobs", type=click.IntRange(1), help="Builds at a time. [default: one per processor]")
 @click.option("--force", is_flag=True, help="Build even what is already built.")
 @click.option("--no-verify", is_flag=True, help="Leave out the numerical proof.")
+@click.option("--no-tuning", is_flag=True, help="Leave tuning records out of account.")
 @json_option
 def build(
     model: str | None,
@@ -144,6 +146,7 @@ def build(
     jobs: int | None,
     force: bool,
     no_verify: bool,
+    no_tuning: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -176,8 +179,11 @@ def build(
     todo: Sequence[MoEConfig | Plan] = [plan.plan_from_source(source, target, mcpu, arch)] if source else legal
     for combination in illegal:
         click.echo(f"skipped {skipped_line(combination)}", err=True)
+    if not no_tuning:
+        _settle(legal, target, mcpu, arch)
     before = _present(out)
     settings: dict[str, Any] = {"mcpu": mcpu, "arch": arch, "verify": not no_verify, "force": force, "jobs": jobs}
+    settings["tuning"] = not no_tuning
     done = []
     with contextlib.closing(_outcomes(batch.build_many(todo, target, out, **settings), len(todo))) as outcomes:
         for outcome in outcomes:
@@ -192,6 +198,16 @@ def build(
         click.echo(summary(done, len(illegal)))
     if failed:
         click.get_current_context().exit(1)
+
+
+def _settle(layers: Sequence[MoEConfig], target: str, mcpu: str | None, arch: str | None) -> None:
+    """Measures tuning records that come from elsewhere, once and before anything else runs."""
+    from . import compiler
+    from .tune import verdicts
+
+    for layer in layers:
+        for sentence in verdicts.settle(layer, compiler.resolve_target(target, mcpu, arch)):
+            click.echo(one_line(sentence), err=True)
 
 
 def _present(out: str | None) -> dict[str, str]:
@@ -389,6 +405,7 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
 
 main.add_command(bench)
 main.add_command(report)
+main.add_command(tune)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ def _llvm(arch: str, **options: Any) -> Any:
     return tvm.target.Target({"kind": "llvm", **triple, **options})
 
 
+def llvm_version() -> str:
+    """The version of LLVM inside TVM, e.g. 22."""
+    return str(codegen.llvm_version_major())
+
+
 def load_module(source: str, path: pathlib.Path) -> ModuleType:
     """Writes the emitted text to `path` and executes it as a module.
 
@@ -104,7 +109,7 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
     """The functions as one scheduled IRModule.
 
     Args:
-        knobs: stage name -> its knobs, as `default_knobs` gives them.
+        knobs: stage name -> its knobs.
 
     Raises:
         ScheduleError: knobs are illegal.
@@ -121,11 +126,6 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
         sch.work_on(name)
         wishes[name] = module.apply(sch, name, geometry, knobs[stage])
     return tvm.IRModule({name: rewriting.rewrite(sch.mod[name], wishes[name]) for name in functions})
-
-
-def default_knobs(geometry: Geometry, target: Target, functions: Iterable[str]) -> dict[str, Any]:
-    """The knobs of every stage when nothing was tuned."""
-    return {stage: llvm.STAGES[stage].default(geometry, target) for stage in dict.fromkeys(map(llvm.stage_of, functions))}
 
 
 def compile_object(module: Any, target: Target, path: pathlib.Path) -> None:

@@ -102,7 +102,8 @@ def description(made: Artifact, obstacles: Sequence[str]) -> Iterator[str]:
     yield "\nschedule"
     yield f"  tiling: {_pairs(manifest['tiling'])}"
     yield from (f"  regime: {_pairs(regime)}" for regime in manifest["regimes"])
-    yield from (f"  {stage}: {_pairs(knobs) or 'fixed'}" for stage, knobs in manifest["knobs"].items())
+    yield from (f"  {stage}: {_pairs(_flat(knobs)) or 'fixed'}" for stage, knobs in manifest["knobs"].items())
+    yield f"  tuned: {_pairs(manifest.get('tuning', {})) or 'no, these are the defaults'}"
     yield "\nfiles"
     files = [(f"  {name}", file["bytes"], file["sha256"]) for name, file in manifest["files"].items()]
     yield table(("  file", "bytes", "sha256"), files)
@@ -137,6 +138,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs of a part under its name: {"few": {"k_unroll": 1}} as few.k_unroll."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

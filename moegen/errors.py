@@ -48,6 +48,26 @@ class MeasureError(MoegenError, RuntimeError):
     """A benchmark cannot be run, or its results cannot be read."""
 
 
+class PlaceLost(MeasureError):
+    """A place that measures (a server of TVM's RPC) is gone; what it was measuring can be measured elsewhere."""
+
+
+class CandidateError(MeasureError):
+    """A candidate cannot be measured: it crashed, hung or failed, and nothing but itself was lost.
+
+    Args:
+        status: `runtime` or `timeout`, as a tuning record says it.
+    """
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RecordError(MoegenError, RuntimeError):
+    """Tuning records cannot be read or written, or another run is writing them."""
+
+
 class ReportError(MoegenError, ValueError):
     """What a report is made of is missing or malformed, or nothing is there to draw it with."""
 

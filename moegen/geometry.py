@@ -57,11 +57,13 @@ class Regime:
         rows_up_to: most rows that this holds for; None in the last line of a table.
         tile_rows: largest register tile used.
         pass_rows: most rows that stream the expert's weights once.
+        tasks_per_thread: most tasks for each thread that a product is divided into, where an expert has so many rows in the mean.
     """
 
     rows_up_to: int | None
     tile_rows: int
     pass_rows: int
+    tasks_per_thread: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,11 @@ class Product:
         together = NIBBLES if self.bits == 4 else self.pair
         shape = (self.count, self.panels, self.k_padded // together, VECTORS, self.lanes)
         return shape if self.pair == 1 else (*shape, self.pair)
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Steps along a row chunk: a term each, as many as an instruction takes, or those whose codes lie in one word."""
+        return self.k_chunk // (NIBBLES if self.bits == 4 and self.pair == 2 else self.pair)
 
     @property
     def row_dtype(self) -> str:

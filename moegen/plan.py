@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -10,28 +11,41 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Mapping
 from typing import Any
 
-from . import compiler, emission
+from . import choices, compiler, emission, records
+from .choices import Choice
 from .config import MoEConfig, config_key
-from .errors import BuildError
+from .errors import BuildError, ScheduleError
 from .geometry import Geometry, Regime, Tiling
+from .machine import processor
 from .paths import package_folder
-from .schedules import llvm
 from .target import Target
 from .version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that decides what a build produces; two plans with the same key give the same artifact."""
+    """Everything that decides what a build produces; two plans with the same key give the same artifact.
+
+    Args:
+        geometry: the layer and its tiling.
+        target: what it is compiled for.
+        te_source: the tensor-expression module.
+        knobs: stage -> its knobs.
+        regimes: how an expert's rows are cut.
+        edited: the module was edited by hand.
+        tuning: regime -> id of the tuning record that its choices come from. What they are is in the other fields.
+    """
 
     geometry: Geometry
     target: Target
     te_source: str
-    knobs: dict[str, Any]
+    knobs: Mapping[str, Any]
     regimes: tuple[Regime, ...]
     edited: bool = False
+    tuning: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> MoEConfig:
@@ -48,7 +62,7 @@ class Plan:
             "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
             "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
             "te_source": self.te_source,
-            "own_sources": _own_sources(),
+            "own_sources": own_sources(),
             "versions": {name: version for name, version in versions().items() if name != "python"},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -63,19 +77,49 @@ class Plan:
 
 
 def plan(
-    config: MoEConfig, target: str = "llvm", mcpu: str | None = None, tiling: Tiling | None = None, arch: str | None = None
+    config: MoEConfig,
+    target: str = "llvm",
+    mcpu: str | None = None,
+    tiling: Tiling | None = None,
+    arch: str | None = None,
+    *,
+    tuned: bool = True,
+    logs: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """What building `config` would do.
+
+    Args:
+        tiling: instead of the default one; tuning records are for that one.
+        tuned: take the choices of tuning records that hold on this machine.
+        logs: the user's records, as in `records.user_folder`.
 
     Raises:
         TargetError: the target, the architecture or the processor is unknown.
         ScheduleError: the tiling is illegal.
+        RecordError: records cannot be read.
     """
     resolved = compiler.resolve_target(target, mcpu, arch)
-    chosen = tiling or llvm.tiling.default(config, resolved)
-    llvm.tiling.check(config, resolved, chosen)
-    geometry = Geometry(config, chosen)
-    return _plan(geometry, resolved, emission.te_source(geometry, resolved))
+    choice = choices.default(config, resolved, tiling)
+    if not tuned or tiling is not None:
+        return plan_of(config, resolved, choice)
+    used = {}
+    for regime, decision in records.choose(config, resolved.slug, choices.REGIMES, provenance(), logs).used.items():
+        with contextlib.suppress(ScheduleError):  # knobs that are none of this layer's are no reason not to build it
+            overlaid = choices.chosen(choice, regime, decision["knobs"])
+            choices.check(config, resolved, overlaid)
+            choice, used[regime] = overlaid, decision["id"]
+    return plan_of(config, resolved, choice, used)
+
+
+def plan_of(config: MoEConfig, target: Target, choice: Choice, tuning: Mapping[str, str] | None = None) -> Plan:
+    """What building `config` with this choice would do.
+
+    Raises:
+        ScheduleError: the choice is illegal.
+    """
+    choices.check(config, target, choice)
+    geometry = Geometry(config, choice.tiling)
+    return Plan(geometry, target, emission.te_source(geometry, target), choice.knobs, choice.regimes, tuning=tuning or {})
 
 
 def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None, arch: str | None = None) -> Plan:
@@ -103,25 +147,26 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
     except (KeyError, TypeError) as error:
         raise BuildError(f"{file.name} is not an emitted TE module: CONFIG or TILING is missing or incomplete ({error})") from error
     resolved = compiler.resolve_target(target, mcpu, arch)
-    llvm.tiling.check(config, resolved, tiling)
-    return _plan(Geometry(config, tiling), resolved, text, edited=True)
+    choice = choices.default(config, resolved, tiling)
+    choices.check(config, resolved, choice)
+    return Plan(Geometry(config, tiling), resolved, text, choice.knobs, choice.regimes, edited=True)
 
 
-def _plan(geometry: Geometry, target: Target, te_source: str, edited: bool = False) -> Plan:
-    regimes = llvm.tiling.default_regimes(geometry.config, target, geometry.tiling)
-    llvm.tiling.check_regimes(geometry.tiling, regimes)
-    return Plan(geometry, target, te_source, compiler.default_knobs(geometry, target, llvm.STAGES), regimes, edited)
-
-
-def _own_sources() -> str:
-    """SHA-256 of the host templates and schedules, which decide the code as much as the TE text does."""
+def own_sources() -> str:
+    """SHA-256 of templates and schedules, which decide the code as much as the choices do."""
     digest = hashlib.sha256()
-    for folder in ("templates/llvm", "schedules"):
+    for folder in ("templates/llvm", "templates/te", "schedules"):
         top, _, rest = folder.partition("/")
         for path in sorted((package_folder(top) / rest).rglob("*")):
-            if path.is_file() and path.suffix != ".pyc":
+            if path.is_file() and path.suffix not in (".pyc", ".md"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def provenance() -> records.Provenance:
+    """What times measured here and now depend on."""
+    found = versions()
+    return records.Provenance(own_sources(), f"apache-tvm {found['apache-tvm']}, LLVM {compiler.llvm_version()}", processor())
 
 
 def versions() -> dict[str, str]:

@@ -47,3 +47,9 @@ def rng() -> np.random.Generator:
     seed = int(np.random.default_rng().integers(2**31))
     print(f"rng seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_records(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Builds do not use what the user of this machine has tuned; processes that tests start see this, too."""
+    os.environ["MOEGEN_LOGS"] = str(tmp_path_factory.mktemp("no-records"))

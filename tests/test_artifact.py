@@ -420,7 +420,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, original: moegen.Artifact) -> Callabl
     count = itertools.count()
     calls: list[int] = []
 
-    def fill(folder: pathlib.Path, todo: Any, verify: bool) -> None:
+    def fill(folder: pathlib.Path, todo: Any, verify: bool, known: Any) -> None:
         calls.append(next(count))
         for name in FILES[1:]:
             shutil.copy(original.path / name, folder / name)
@@ -504,8 +504,8 @@ def test_rebuilt_when_damaged(damage: str, tmp_path: pathlib.Path, quick: Callab
 def test_a_failing_proof_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, quick: Callable[[], int]) -> None:
     real = builder._fill
 
-    def fill(folder: pathlib.Path, todo: Any, verify: bool) -> None:
-        real(folder, todo, verify)
+    def fill(folder: pathlib.Path, todo: Any, verify: bool, known: Any) -> None:
+        real(folder, todo, verify, known)
         raise VerificationError("the compiled module is wrong and was thrown away: off")
 
     good = moegen.build(moegen.MoEConfig(**TINY | {"experts": 3}), out=tmp_path)
@@ -541,7 +541,7 @@ def test_of_two_builds_at_once_the_first_stays(
 def test_whatever_happens_leaves_nothing(
     error: type[BaseException], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(folder: pathlib.Path, todo: Any, verify: bool) -> None:
+    def fill(folder: pathlib.Path, todo: Any, verify: bool, known: Any) -> None:
         (folder / "half").write_text("")
         raise error
 

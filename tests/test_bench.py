@@ -28,8 +28,8 @@ from moegen.bench import run as running
 from moegen.bench.ceilings import BF16_DOT, FMA, Ceilings, Probe
 from moegen.bench.contenders import roster
 from moegen.bench.contenders.roster import FamilyInfo
-from moegen.bench.machine import available_bytes, this_machine
 from moegen.errors import BuildError, ConfigError, MeasureError
+from moegen.machine import available_bytes, this_machine
 from moegen.target import host_cpu_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

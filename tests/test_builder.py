@@ -69,7 +69,7 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Builds stop before they compile; the plans that got so far."""
     seen: list[Plan] = []
 
-    def fill(folder: pathlib.Path, todo: Plan, verify: bool) -> None:
+    def fill(folder: pathlib.Path, todo: Plan, verify: bool, known: Any) -> None:
         seen.append(todo)
         raise BuildError("stopped here")
 

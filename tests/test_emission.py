@@ -13,9 +13,9 @@ from test_numerics import GATINGS
 
 import moegen
 from moegen import emission
-from moegen.builder import HOST_FILES
 from moegen.config import ACTIVATIONS, DTYPES
 from moegen.geometry import Geometry, Regime, Tiling
+from moegen.objects import HOST_FILES
 from moegen.target import Target
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"

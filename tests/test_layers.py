@@ -21,6 +21,7 @@ ORDER = (
     ("hf",),
     ("config",),
     ("target",),
+    ("machine",),
     ("toolchain",),
     ("geometry",),
     ("arrays",),
@@ -41,13 +42,17 @@ ORDER = (
     ("schedules",),
     ("intrinsics", "rewriting"),
     ("compiler",),
+    ("choices",),
+    ("records",),
     ("plan",),
+    ("objects",),
     ("builder",),
     ("batch",),
     ("display",),
     ("presets",),
     ("options",),
     ("bench",),
+    ("tune",),
     ("report",),
     ("cli",),
     ("__main__",),
@@ -55,7 +60,6 @@ ORDER = (
 # The same inside a sub-package.
 INSIDE = {
     "bench": (
-        ("machine",),
         ("ceilings",),
         ("workload",),
         ("contenders",),
@@ -76,6 +80,18 @@ INSIDE = {
         ("team",),
         ("__init__",),
     ),
+    "tune": (
+        ("search", "processes", "times", "journal", "space"),
+        ("places",),
+        ("worker", "building"),
+        ("lines",),
+        ("stand",),
+        ("session",),
+        ("verdicts",),
+        ("shelf",),
+        ("__init__",),
+        ("command",),
+    ),
     "report": (
         ("readings",),
         ("drawing", "tables"),
@@ -89,21 +105,33 @@ INSIDE = {
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
-RUNTIME_NEVER = {"emission", "compiler", "intrinsics", "rewriting", "plan", "builder", "batch", "schedules"}
-RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "cli"}
+RUNTIME_NEVER = {
+    "emission",
+    "compiler",
+    "intrinsics",
+    "rewriting",
+    "plan",
+    "builder",
+    "batch",
+    "schedules",
+    "choices",
+    "records",
+    "objects",
+}
+RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "intrinsics", "rewriting"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"report.drawing"},
     "PIL": {"report.drawing"},
-    "click": {"bench.command", "cli", "options", "report.command"},
-    "tqdm": {"bench.command", "cli"},
+    "click": {"bench.command", "cli", "options", "report.command", "tune.command", "tune.shelf"},
+    "tqdm": {"bench.command", "cli", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"},
     "onnx": {"bench.contenders.onnx_layer"},
     "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),
-    "xgboost": set(),
+    "xgboost": {"tune.search"},
 }
 SCHEDULES_MAY = {"config", "errors", "geometry", "target", "schedules"}
 

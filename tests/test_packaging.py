@@ -94,7 +94,7 @@ def test_installed_without_the_compiler(
     listed = _run([command, "list", "--json", "--out", str(artifact.path.parent)], tmp_path)
     assert artifact.name in [row.get("name") for row in json.loads(listed.stdout)]
     assert "passed" in _run([command, "verify", str(artifact.path)], tmp_path).stdout
-    for arguments in (["build"], ["emit"]):
+    for arguments in (["build"], ["emit"], ["tune"]):
         refused = _run([command, *arguments, "--experts", "4", "--top-k", "2", "--hidden", "32"], tmp_path, check=False)
         assert refused.returncode == 1
         assert refused.stderr.startswith("Error: ")
@@ -132,5 +132,5 @@ def test_import_budget(loads: bool, tmp_path: pathlib.Path, built: Callable[...,
 def test_command_line_does_not_import_the_compiler(tmp_path: pathlib.Path) -> None:
     modules = _modules("import moegen.cli", tmp_path)
     assert "click" in modules
-    assert modules.isdisjoint((*COMPILER, "torch", "tvm_ffi", "moegen.builder"))
+    assert modules.isdisjoint((*COMPILER, "torch", "tvm_ffi", "moegen.builder", "moegen.tune.session"))
     assert modules.isdisjoint(("matplotlib", "PIL", "onnx", "onnxruntime", "moegen.report.page", "moegen.bench.run"))

@@ -14,9 +14,9 @@ import subprocess
 import tempfile
 
 from ..errors import BuildError
+from ..machine import this_machine
 from ..paths import package_folder
 from ..toolchain import cxx
-from .machine import this_machine
 
 FMA = "fma"
 BF16_DOT = "vdpbf16ps"

@@ -32,8 +32,8 @@ from typing import Any
 
 from ..display import as_json_text
 from ..errors import MeasureError
+from ..machine import this_machine
 from ..version import __version__
-from .machine import this_machine
 
 SCHEMA_VERSION = 1
 KIND = "moegen-bench"

@@ -6,13 +6,10 @@ measures point after point. Results are plain JSON values, see `moegen.bench.res
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .. import artifact as artifacts
@@ -20,6 +17,7 @@ from ..artifact import Artifact
 from ..config import MoEConfig
 from ..display import size
 from ..errors import MeasureError
+from ..machine import available_bytes
 from ..presets import Fitted, fitted, weight_bytes
 from ..target import usable_processors
 from . import results, workload
@@ -27,12 +25,10 @@ from .ceilings import Probe
 from .contenders.family import Settings
 from .contenders.roster import OURS, chosen_families, weight_copies
 from .contenders.team import Team
-from .machine import available_bytes
 from .measure import Report, measure_point
 from .request import Request, Subject, check
 
 _MEMORY_FRACTION = 0.8
-_SHARED_MEMORY = pathlib.Path("/dev/shm")
 
 
 class Watch:
@@ -87,7 +83,7 @@ def _run(subject: Subject, asked: Request, routing: str, threads: int, document:
         return
     watch.step(f"building {subject.label}")
     made, build_seconds = _built(subject, fit.config, asked.store)
-    with _folder(weight_bytes(fit.config)) as folder:
+    with workload.temporary_folder(weight_bytes(fit.config)) as folder:
         watch.step(f"drawing the weights of {subject.label}")
         workload.make(folder, fit.config, routing, asked.seed)
         watch.step("starting the contenders")
@@ -203,12 +199,3 @@ def _first_call(run: dict[str, Any], team: Team, folder: pathlib.Path, tokens: i
     reply = team.ask(OURS, "check", rows=[[0]], to=str(folder / "checked.npy"))
     run["seconds"]["first_call"] = reply["seconds"][0] if "seconds" in reply else None
     workload.remove_batches(folder, tokens)
-
-
-@contextlib.contextmanager
-def _folder(needed_bytes: int) -> Iterator[pathlib.Path]:
-    """A temporary folder for a workload: in shared memory where that is large enough, so that nothing is written to a disk."""
-    roomy = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
-    roomy = roomy and shutil.disk_usage(_SHARED_MEMORY).free > 2 * needed_bytes + (1 << 30)
-    with tempfile.TemporaryDirectory(prefix="moegen-bench-", dir=_SHARED_MEMORY if roomy else None) as name:
-        yield pathlib.Path(name)

@@ -1,14 +1,20 @@
 """What is measured: a layer's weights and token batches, as files that several processes map, and the work that they make.
 
 The folder of a workload holds `layer.json`, one `.npy` file for each weight (names as in `weight_shapes`) and for each batch
-of tokens. Everything is in the layer's storage type, bfloat16 as its bits.
+of tokens. Everything is in the layer's storage type, bfloat16 as its bits. A variant of a workload has a router of its own and
+shares the files of all other weights; its `like.txt` names the folder it is a variant of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
+import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +27,13 @@ from ..config import MoEConfig, weight_shapes
 from ..errors import ConfigError
 
 ROUTINGS = ("uniform", "zipf")
+# Bounds on the relative L2 error of what is timed.
+RELATIVE_L2 = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
 _LAYER = "layer.json"
+_LIKE = "like.txt"
+_PREFIX = "moegen-workload-"
+_SHARED_MEMORY = pathlib.Path("/dev/shm")
+_ROUTER = "router.weight"
 _POOL = 1 << 23
 _GUMBEL_DEVIATION = 1.2825  # pi / sqrt(6)
 _NEAR_TIE = 2e-5  # float32 routers may decide either way within so much
@@ -63,6 +75,23 @@ class Checks:
 # ---------------------------------------------------------------- making
 
 
+@contextlib.contextmanager
+def temporary_folder(needed_bytes: int) -> Iterator[pathlib.Path]:
+    """A temporary folder for a workload: in shared memory where that is large enough, so that nothing is written to a disk.
+
+    Shared memory outlives its processes: what killed ones left there is removed first.
+    """
+    roomy = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
+    for leftover in _SHARED_MEMORY.glob(f"{_PREFIX}*") if roomy else ():
+        pid = leftover.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not pathlib.Path(f"/proc/{pid}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    roomy = roomy and shutil.disk_usage(_SHARED_MEMORY).free > 2 * needed_bytes + (1 << 30)
+    prefix = f"{_PREFIX}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=_SHARED_MEMORY if roomy else None, ignore_cleanup_errors=True) as name:
+        yield pathlib.Path(name)
+
+
 def make(folder: pathlib.Path, config: MoEConfig, routing: str, seed: int) -> None:
     """Writes a layer's random weights into `folder`, with standard deviation 1/sqrt(fan-in), biases 0.1.
 
@@ -86,9 +115,28 @@ def make(folder: pathlib.Path, config: MoEConfig, routing: str, seed: int) -> No
         stored = to_storage(HostArray(pool * scale, "float32"), dtype)
         file = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=stored.dtype, shape=shape)
         _fill(file.reshape(-1), stored, rng)
-        if name == "router.weight" and routing == "zipf":
+        if name == _ROUTER and routing == "zipf":
             file[:, 0] = to_storage(HostArray(_zipf_logits(config.experts, rng), "float32"), dtype)
         file.flush()
+
+
+def make_zipf_variant(folder: pathlib.Path, like: pathlib.Path, seed: int) -> None:
+    """Writes the workload in `like`, whose routing is uniform, into `folder` once more, with Zipf's routing."""
+    config = read_layer(like)
+    folder.mkdir(parents=True)
+    for name in (_LAYER, *(f"{name}.npy" for name in weight_shapes(config) if name != _ROUTER)):
+        os.link(like / name, folder / name)
+    router = np.load(like / f"{_ROUTER}.npy")
+    logits = _zipf_logits(config.experts, np.random.default_rng([seed, 2]))
+    router[:, 0] = to_storage(HostArray(logits, "float32"), config.dtype)
+    np.save(folder / f"{_ROUTER}.npy", router)
+    (folder / _LIKE).write_text(str(like), encoding="utf-8")
+
+
+def variant_of(folder: pathlib.Path) -> pathlib.Path:
+    """The workload that has all weights but the router in common with this one; the folder itself when it is no variant."""
+    like = folder / _LIKE
+    return pathlib.Path(like.read_text(encoding="utf-8")) if like.exists() else folder
 
 
 def _dtype(config: MoEConfig, name: str) -> str:
@@ -156,6 +204,35 @@ def _batch_file(folder: pathlib.Path, tokens: int, index: int) -> pathlib.Path:
 
 
 # ---------------------------------------------------------------- the work and the answers
+
+
+def save_checks(folder: pathlib.Path, tokens: int, checks: Checks) -> None:
+    """Keeps what the outputs of a size should be, for processes that compare with it."""
+    counts = [len(chosen) for chosen in checks.rows]
+    np.savez(
+        _checks_file(folder, tokens), counts=counts, rows=np.concatenate(checks.rows), expected=np.concatenate(checks.expected)
+    )
+
+
+def read_checks(folder: pathlib.Path, tokens: int) -> Checks | None:
+    """What `save_checks` kept; None when nothing was."""
+    file = _checks_file(folder, tokens)
+    if not file.exists():
+        return None
+    with np.load(file) as kept:
+        ends = np.cumsum(kept["counts"])[:-1]
+        rows = [[int(t) for t in part] for part in np.split(kept["rows"], ends)]
+        return Checks(rows, np.split(kept["expected"], ends))
+
+
+def relative_l2(got: Array, expected: Array) -> float:
+    """Error of an output in float64; infinite when it is not finite."""
+    error = got.astype(np.float64) - expected
+    return float(np.linalg.norm(error) / max(float(np.linalg.norm(expected)), 1e-30)) if np.isfinite(error).all() else math.inf
+
+
+def _checks_file(folder: pathlib.Path, tokens: int) -> pathlib.Path:
+    return folder / f"checks-{tokens}.npz"
 
 
 def study(folder: pathlib.Path, tokens: int) -> tuple[Work, Checks]:

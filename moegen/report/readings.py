@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..bench.results import KIND, SCHEMA_VERSION
 from ..errors import ReportError
+from ..records import KINDS as RECORD_KINDS
 
 STATUSES = ("correct", "wrong", "failed")
 NUMBER = (int, float)
@@ -150,7 +151,7 @@ def _read(path: pathlib.Path) -> Bench | Tuning:
         whole = _parse(text)
     except ValueError:
         return _tuning(path, text)
-    if isinstance(whole, dict) and "trial" in whole:
+    if isinstance(whole, dict) and ("trial" in whole or whole.get("kind") in RECORD_KINDS):
         return _tuning(path, text)
     if not isinstance(whole, dict) or whole.get("kind") != KIND:
         raise ReportError(f'{path} is neither results (with "kind": "{KIND}") nor tuning records (with "trial" in each line)')
@@ -196,12 +197,17 @@ def _tuning(path: pathlib.Path, text: str) -> Tuning:
             trial = _parse(line)
         except ValueError:
             raise ReportError(f"{path} line {number} is not JSON: remove the line, or write the file again") from None
+        if isinstance(trial, dict) and trial.get("kind", "trial") != "trial":
+            continue  # decisions and the like
         _check(trial, TRIAL, path, f"line {number}")
         if not trial["default_seconds"] > 0:
             _reject(path, f"line {number}.default_seconds", f"is {trial['default_seconds']}, not positive")
         trials.append(trial)
+    # A run under other circumstances begins anew, in the same file.
+    trials = [trial for trial in trials if trial.get("provenance") == trials[-1].get("provenance")]
     if not trials:
-        raise ReportError(f"{path} is empty: give a file that 'moegen bench' or 'moegen tune' wrote")
+        what = "has no trials" if text.strip() else "is empty"
+        raise ReportError(f"{path} {what}: give a file that 'moegen bench' or 'moegen tune' wrote")
     return Tuning(path.stem, sorted(trials, key=lambda trial: int(trial["trial"])))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from moegen.config import MoEConfig
@@ -9,10 +10,13 @@ from moegen.errors import ScheduleError
 from moegen.geometry import BYTES, VECTORS, Regime, Tiling
 from moegen.target import Target
 
+from .expert import FEW_ROWS
+
 K_BLOCK = 512
 CHUNK_ROWS = 140  # of four bytes an element: what rows and hidden values of a few thousand columns leave of a second-level cache
 DOT_FEATURE = "avx512bf16"
 BYTE_DOT_FEATURE = "avx512vnni"
+MOST_TASKS = 64
 
 
 def default(config: MoEConfig, target: Target) -> Tiling:
@@ -81,6 +85,33 @@ def check_regimes(tiling: Tiling, regimes: Sequence[Regime]) -> None:
             raise ScheduleError(
                 f"pass_rows={regime.pass_rows} must be between tile_rows={regime.tile_rows} and {tiling.chunk_rows}"
             )
+        if not 1 <= regime.tasks_per_thread <= MOST_TASKS:
+            raise ScheduleError(f"tasks_per_thread={regime.tasks_per_thread} must be between 1 and {MOST_TASKS}")
+
+
+def three_regimes(tiling: Tiling, regimes: Sequence[Regime]) -> tuple[Regime, Regime, Regime]:
+    """A table with a line each for experts of few rows, of one tile and of more; a single line becomes three that do the same."""
+    if len(regimes) == 3:
+        few, some, many = regimes
+        return few, some, many
+    (whole,) = regimes
+    short = min(2 * tiling.max_rows, tiling.chunk_rows)  # a tile, or two of half its rows
+    one_tile = dataclasses.replace(whole, pass_rows=max(whole.tile_rows, min(short, whole.pass_rows)))
+    some_rows = max(tiling.max_rows, FEW_ROWS + 1)
+    return dataclasses.replace(one_tile, rows_up_to=FEW_ROWS), dataclasses.replace(one_tile, rows_up_to=some_rows), whole
+
+
+def space(tiling: Tiling) -> dict[str, tuple[int, ...]]:
+    """The values worth trying for what the host chooses: fields of `Regime`, and `chunk_rows` of the tiling."""
+    rows = tiling.max_rows
+    tiles = sorted({max(1, rows - less) for less in (0, 2, 4, 6)})
+    passes = [rows * times for times in (4, 6, 10, 16, 20, 28)]
+    return {
+        "tile_rows": tuple(tiles),
+        "pass_rows": tuple(passes),
+        "chunk_rows": tuple(rows * times for times in (6, 10, 14, 20, 28)),
+        "tasks_per_thread": (1, 2, 4, 8),
+    }
 
 
 def _has_dot(config: MoEConfig, target: Target, lanes: int) -> bool:

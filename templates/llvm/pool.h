@@ -187,11 +187,13 @@ class Using {
   Pool* pool_;
 };
 
+constexpr int kTasksPerThread = 4;
+
 // Tasks for a loop of `extent` iterations that does `work` operations altogether: small loops are not worth waking anybody.
-inline int Tasks(int64_t extent, double work) {
+inline int Tasks(int64_t extent, double work, int per_thread = kTasksPerThread) {
   if (region.pool == nullptr) return 1;
   double worthwhile = 1 + work / 100000.0;
-  return static_cast<int>(std::min<double>({static_cast<double>(extent), 4.0 * region.pool->threads(), worthwhile}));
+  return static_cast<int>(std::min<double>({static_cast<double>(extent), 1.0 * per_thread * region.pool->threads(), worthwhile}));
 }
 
 inline int Launch(Task task, void* closure, int tasks) {

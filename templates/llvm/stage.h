@@ -78,7 +78,7 @@ class Arguments {
 
 // Runs body(from, to) on parts of [0, extent), whose iterations do `work` operations together, on the threads of the call's pool.
 template <typename Body>
-void Parallel(int64_t extent, double work, Body body) {
+void Parallel(int64_t extent, double work, Body body, int per_thread = kTasksPerThread) {
   struct Loop {
     Body& body;
     int64_t extent;
@@ -93,7 +93,7 @@ void Parallel(int64_t extent, double work, Body body) {
     }
     return 0;
   };
-  if (extent > 0 && Launch(task, &loop, Tasks(extent, work)) != 0) throw Failure{"MemoryError", "a compiled stage found no memory"};
+  if (extent > 0 && Launch(task, &loop, Tasks(extent, work, per_thread)) != 0) throw Failure{"MemoryError", "a compiled stage found no memory"};
 }
 
 // Where `Timed` adds up the seconds of each part of a call; null when nobody asked.

@@ -7,12 +7,10 @@ Requests and replies have pipes of their own, so that a library that prints does
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from ...arrays import HostArray, empty_aligned, to_float32
+from ...machine import end_with_parent
 from ..workload import read_batches
 from .family import Family, Settings, poison
 
 _SLOW_SECONDS = 0.5  # a call so long needs no warming up, and one batch of it is checked
-_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -120,8 +118,7 @@ def _open(module: str, settings: dict[str, Any]) -> Family:
 
 def main() -> None:
     """Opens the family, says what it can do, and answers until the requests end."""
-    if hasattr(signal, "SIGKILL") and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped worker must not outlive a killed benchmark
+    end_with_parent()  # a stopped worker must not outlive a killed benchmark
     module, settings, requests, replies = sys.argv[1:5]
     with os.fdopen(int(requests)) as incoming, os.fdopen(int(replies), "w", buffering=1) as outgoing:
         try:

@@ -1,20 +1,24 @@
-"""What this machine is: processor, caches, memory, and how much of the memory may be used."""
+"""What this machine is: processor, caches, memory, how much of the memory may be used, and processes that end with their parent."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import pathlib
 import platform
 import re
+import signal
+import sys
 
-from ..target import usable_processors
+from .target import usable_processors
 
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 _MEMINFO = pathlib.Path("/proc/meminfo")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _CACHE = pathlib.Path("/sys/devices/system/cpu/cpu0/cache")
 _TYPICAL_L3_BYTES = 32 << 20
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,19 @@ def available_bytes() -> int:
     available = int(found[1]) << 10 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     limit, used = (_text(_CGROUP / name).strip() for name in ("memory.max", "memory.current"))
     return min(available, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else available
+
+
+def processor() -> str:
+    """The processor's name with what tells its generation: virtual machines leave the name of many in common."""
+    info = _text(_CPUINFO)
+    parts = [(name, _field(info, name)) for name in ("cpu family", "model", "stepping")]
+    return ", ".join([this_machine().cpu, *(f"{name} {value}" for name, value in parts if value)])
+
+
+def end_with_parent() -> None:
+    """Has the system kill this process when its parent is gone, however that ended; where the system can."""
+    if hasattr(signal, "SIGKILL") and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _l3_bytes() -> int:

@@ -1,0 +1,164 @@
+"""The process that measures one candidate beside the default: both layers on the same packed weights, turn and turn about.
+
+    python -m moegen.tune.worker JOB.json RESULT.json
+
+`moegen.tune.places` describes jobs and results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arrays import HostArray, empty_aligned, to_float32
+from ..bench import workload
+from ..machine import end_with_parent
+from ..runtime import Layer, Module, load
+from ..weights import resolve
+
+PACKED = "packed.bin"
+_ASLEEP_SECONDS = 1e-3  # the threads of the other layer's pool wait busily for a part of that
+
+Array = npt.NDArray[Any]
+
+
+class Pair:
+    """The layers of two artifacts on the same packed weights, of which there may be several copies.
+
+    Args:
+        artifacts: folders of the default and of the candidate, whose weight layouts are equal.
+        folder: the workload whose weights they have.
+        copies: of the weights, which calls take in turn, so that a small layer does not stay in the caches.
+    """
+
+    def __init__(self, artifacts: Sequence[str], folder: pathlib.Path, threads: int, copies: int) -> None:
+        self.modules: list[Module] = [load(path, threads=threads) for path in artifacts]
+        self.config = self.modules[0].config
+        first, second = (module.artifact.manifest for module in self.modules)
+        if first["segments"] != second["segments"]:
+            raise ValueError("the candidate has another weight layout than the default")
+        self.threads = threads
+        self.base = workload.variant_of(folder)
+        self.blobs = [_packed(self.modules[0], self.base, threads)]
+        self.blobs += [_copy(self.blobs[0]) for _ in range(copies - 1)]
+        self.layers = [[Layer(module, blob, threads) for blob in self.blobs] for module in self.modules]
+
+    def route_as(self, folder: pathlib.Path) -> None:
+        """Takes the router of a variant of the workload."""
+        if workload.variant_of(folder) != self.base:
+            raise ValueError(f"{folder} does not share its weights with {self.base}")
+        source = resolve(self.config, workload.read_weights(folder))
+        for blob in self.blobs:
+            self.modules[0].packer(self.threads, blob).router(source)
+
+
+class Point:
+    """A pair at one number of tokens."""
+
+    def __init__(self, pair: Pair, folder: pathlib.Path, tokens: int) -> None:
+        self.pair = pair
+        self.inputs = [_aligned(batch) for batch in workload.read_batches(folder, tokens)]
+        self.outputs = [HostArray(empty_aligned(x.shape, x.data.dtype), x.dtype) for x in self.inputs]
+        checks = workload.read_checks(folder, tokens)
+        self.checks = workload.study(folder, tokens)[1] if checks is None else checks
+
+    def error(self, which: int) -> float:
+        """Relative L2 error of the checked tokens of all batches, written over NaN."""
+        values = []
+        for index, (x, out, rows) in enumerate(zip(self.inputs, self.outputs, self.checks.rows, strict=True)):
+            out.data.view(np.uint8)[...] = 0xFF
+            self._layer(which, index).forward_into(x, out)
+            values.append(to_float32(HostArray(out.data[rows], out.dtype)))
+        return workload.relative_l2(np.concatenate(values), np.concatenate(self.checks.expected))
+
+    def samples(self, rounds: int, min_seconds: float) -> list[list[float]]:
+        """[default, candidate], each with the median time of a call in each round; who begins changes from round to round."""
+        calls = max(1, math.ceil(min_seconds / max(self._turn(0, 0, len(self.inputs)), 1e-9)))
+        found: list[list[float]] = [[], []]
+        for number in range(rounds):
+            for which in (0, 1) if number % 2 == 0 else (1, 0):
+                found[which].append(self._turn(which, number * calls, calls))
+        return found
+
+    def _turn(self, which: int, first: int, calls: int) -> float:
+        """So many calls from batch `first` on, the same for both layers, after one that wakes the threads."""
+        time.sleep(_ASLEEP_SECONDS)
+        self._call(which, first - 1)
+        return float(np.median([self._call(which, first + number) for number in range(calls)]))
+
+    def _call(self, which: int, number: int) -> float:
+        index = number % len(self.inputs)
+        layer, x, out = self._layer(which, number), self.inputs[index], self.outputs[index]
+        start = time.perf_counter()
+        layer.forward_into(x, out)
+        return time.perf_counter() - start
+
+    def _layer(self, which: int, index: int) -> Layer:
+        layers = self.pair.layers[which]
+        return layers[index % len(layers)]
+
+
+def measure(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Carries out a job; a point where a layer is wrong is not timed, nor are those that follow."""
+    folders = [pathlib.Path(folder) for folder in job["workload"]]
+    pair = Pair(job["artifacts"], folders[0], int(job["threads"]), int(job["copies"]))
+    bound = workload.RELATIVE_L2[pair.config.dtype]
+    points, right = [], True
+    for folder in folders:
+        pair.route_as(folder)
+        for tokens in job["tokens"]:
+            point = Point(pair, folder, tokens)
+            errors = [point.error(which) for which in (0, 1)]
+            right = right and all(error <= bound for error in errors)
+            seconds = point.samples(int(job["rounds"]), float(job["min_ms"]) / 1e3) if right else [[], []]
+            finite = [error if math.isfinite(error) else None for error in errors]
+            points.append({"workload": str(folder), "tokens": tokens, "relative_l2": finite, "seconds": seconds})
+    return {"points": points}
+
+
+def _packed(module: Module, folder: pathlib.Path, threads: int) -> Array:
+    """The packed weights: from the file that an earlier job left, or packed now and left to later ones.
+
+    Read rather than mapped: a layer of a user's has its weights on huge pages, a mapped file has not.
+    """
+    file, size = folder / PACKED, int(module.artifact.manifest["packed_bytes"])
+    blob = empty_aligned(size, np.uint8)
+    if file.exists() and file.stat().st_size == size:
+        with file.open("rb") as opened:
+            opened.readinto(blob.data)
+        return blob
+    module.packer(threads, blob).all(resolve(module.config, workload.read_weights(folder)))
+    temporary = file.with_suffix(".part")
+    blob.tofile(temporary)
+    temporary.rename(file)
+    return blob
+
+
+def _copy(array: Array) -> Array:
+    own = empty_aligned(array.shape, array.dtype)
+    own[...] = array
+    return own
+
+
+def _aligned(batch: HostArray) -> HostArray:
+    return HostArray(_copy(batch.data), batch.dtype)
+
+
+def main() -> None:
+    """Reads the job, writes the result."""
+    end_with_parent()
+    job, result = map(pathlib.Path, sys.argv[1:3])
+    found = measure(json.loads(job.read_text(encoding="utf-8")))
+    result.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
