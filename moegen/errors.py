@@ -48,6 +48,22 @@ class MeasureError(MoegenError, RuntimeError):
     """A benchmark cannot be run, or its results cannot be read."""
 
 
+class PlaceLost(MeasureError):
+    """A place that measures (a server of TVM's RPC) is gone; what it was measuring can be measured elsewhere."""
+
+
+class CandidateError(MeasureError):
+    """A candidate cannot be measured: it crashed, hung or failed, and nothing but itself was lost.
+
+    Args:
+        status: `runtime` or `timeout`, as a tuning record says it.
+    """
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class ReportError(MoegenError, ValueError):
     """What a report is made of is missing or malformed, or nothing is there to draw it with."""
 
@@ -55,3 +71,8 @@ class ReportError(MoegenError, ValueError):
 def without_pictures(missing: ModuleNotFoundError) -> ReportError:
     """What to say when a package of the `[report]` extra is not installed."""
     return ReportError(f"a report needs what draws its pictures ({missing.name} is not installed): pip install 'moegen[report]'")
+
+
+def without_rpc(missing: ModuleNotFoundError) -> MeasureError:
+    """What to say when a package of the `[rpc]` extra is not installed."""
+    return MeasureError(f"measuring on other machines needs TVM's RPC ({missing.name} is not installed): pip install 'moegen[rpc]'")

@@ -21,7 +21,6 @@ from .contenders.roster import DENSE, OURS
 from .contenders.team import Team
 from .request import Effort
 
-RELATIVE_L2 = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
 _KEPT_SAMPLES = 200
 _MOST_CALLS = 5000
 _PARTS_CALLS = 5
@@ -94,9 +93,8 @@ def _check(team: Team, entrant: Entrant, checks: workload.Checks, folder: pathli
         entrant.fail(reply["error"])
         return
     expected = np.concatenate(checks.expected[: len(reply["seconds"])])
-    error = np.load(file).astype(np.float64) - expected
-    l2 = float(np.linalg.norm(error) / max(float(np.linalg.norm(expected)), 1e-30)) if np.isfinite(error).all() else math.inf
-    bound = RELATIVE_L2[config.dtype]
+    l2 = workload.relative_l2(np.load(file), expected)
+    bound = workload.RELATIVE_L2[config.dtype]
     entrant.relative_l2 = l2 if math.isfinite(l2) else None
     if not l2 <= bound:
         entrant.fail(f"wrong: relative L2 error {l2:.1e} is above {bound:.0e}", "wrong")

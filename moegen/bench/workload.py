@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from ..config import MoEConfig, weight_shapes
 from ..errors import ConfigError
 
 ROUTINGS = ("uniform", "zipf")
+# Bounds on the relative L2 error of what is timed.
+RELATIVE_L2 = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
 _LAYER = "layer.json"
 _POOL = 1 << 23
 _GUMBEL_DEVIATION = 1.2825  # pi / sqrt(6)
@@ -156,6 +159,35 @@ def _batch_file(folder: pathlib.Path, tokens: int, index: int) -> pathlib.Path:
 
 
 # ---------------------------------------------------------------- the work and the answers
+
+
+def save_checks(folder: pathlib.Path, tokens: int, checks: Checks) -> None:
+    """Keeps what the outputs of a size should be, for processes that compare with it."""
+    counts = [len(chosen) for chosen in checks.rows]
+    np.savez(
+        _checks_file(folder, tokens), counts=counts, rows=np.concatenate(checks.rows), expected=np.concatenate(checks.expected)
+    )
+
+
+def read_checks(folder: pathlib.Path, tokens: int) -> Checks | None:
+    """What `save_checks` kept; None when nothing was."""
+    file = _checks_file(folder, tokens)
+    if not file.exists():
+        return None
+    with np.load(file) as kept:
+        ends = np.cumsum(kept["counts"])[:-1]
+        rows = [[int(t) for t in part] for part in np.split(kept["rows"], ends)]
+        return Checks(rows, np.split(kept["expected"], ends))
+
+
+def relative_l2(got: Array, expected: Array) -> float:
+    """Error of an output in float64; infinite when it is not finite."""
+    error = got.astype(np.float64) - expected
+    return float(np.linalg.norm(error) / max(float(np.linalg.norm(expected)), 1e-30)) if np.isfinite(error).all() else math.inf
+
+
+def _checks_file(folder: pathlib.Path, tokens: int) -> pathlib.Path:
+    return folder / f"checks-{tokens}.npz"
 
 
 def study(folder: pathlib.Path, tokens: int) -> tuple[Work, Checks]:
