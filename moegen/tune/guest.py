@@ -51,7 +51,7 @@ class Guest:
     """A session with one server, for candidates for one default.
 
     Args:
-        line: the session; the guest ends it when it is closed.
+        line: the session, which ends with the process.
         default: the artifact that candidates are compared with.
         copies: of the packed weights, which timed calls take in turn.
 
@@ -77,10 +77,6 @@ class Guest:
             self._blobs = [self._blob(int(default.manifest["packed_bytes"])) for _ in range(copies)]
         self._packed: dict[str, Stamp] = {}
         self._batches: dict[tuple[pathlib.Path, int], tuple[Stamp, Any]] = {}
-
-    def close(self) -> None:
-        """Ends the session."""
-        self.line.cut()
 
     def _machine(self) -> dict[str, Any]:
         """The server's address, processor, and how many processors it may use.
@@ -218,18 +214,18 @@ class _Packer(Packer):
     """Packs into a guest's first copy of the weights, with the library's `moe_pack` on the server."""
 
     def __init__(self, guest: Guest) -> None:
-        super().__init__(guest.default.manifest, self._far, 0, guest._blobs[0])
+        super().__init__(guest.default.manifest, functools.partial(_pack, guest), 0, guest._blobs[0])
         self.guest = guest
-
-    def _far(self, blob: Any, segment: int, expert: int, first: Array, second: Array | None, pool: int) -> None:
-        guest = self.guest
-        with guest.line.within(_EXCHANGE_SECONDS, "packing weights"):
-            guest._pack(blob, segment, expert, guest.put(first), None if second is None else guest.put(second), pool)
 
     def _copy(self, name: str, values: npt.NDArray[np.float32]) -> None:
         guest, offset = self.guest, int(self.segments[name][1]["offset_bytes"])
         with guest.line.within(_EXCHANGE_SECONDS, "packing weights"):
             guest._helper["copy"](guest.put(values), guest._blobs[0], offset)
+
+
+def _pack(guest: Guest, blob: Any, segment: int, expert: int, first: Array, second: Array | None, pool: int) -> None:
+    with guest.line.within(_EXCHANGE_SECONDS, "packing weights"):
+        guest._pack(blob, segment, expert, guest.put(first), None if second is None else guest.put(second), pool)
 
 
 # ---------------------------------------------------------------- files

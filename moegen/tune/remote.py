@@ -16,27 +16,23 @@ are for, is for the user to see to, by the servers' key; the result says which i
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
+import json
 import os
-import pathlib
-import threading
+import select
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from .. import errors
+from ..errors import CandidateError, MeasureError, PlaceLost
+from ..paths import PACKAGE
+from .wire import PATIENCE_SECONDS, PREPARING_SECONDS, Tracker
 
-from ..arrays import HostArray, to_float32
-from ..artifact import Artifact, check_files, open_artifact
-from ..bench import workload
-from ..errors import MeasureError, PlaceLost
-from .guest import Guest, Stamp, batch_stamp
-from .wire import PATIENCE_SECONDS, Tracker
-
-SESSION_SECONDS = 4 * 3600  # a server is free again so long after a client's machine fell silent
-_LIMIT_SECONDS = 60.0
-_studying = threading.Lock()
+_ERRAND = "moegen.tune.errand"
 
 
 def servers(tracker: str, key: str, needed: int = 1, patience: float = PATIENCE_SECONDS) -> list[Place]:
@@ -46,7 +42,7 @@ def servers(tracker: str, key: str, needed: int = 1, patience: float = PATIENCE_
         tracker: HOST:PORT.
         key: what the servers were started with.
         needed: the fewest that will do.
-        patience: seconds that tracker and servers may take to answer and to become free.
+        patience: seconds that the tracker may take to answer and a server to become free.
 
     Raises:
         MeasureError: the tracker does not answer, or has fewer; the message says what to start.
@@ -61,17 +57,15 @@ def servers(tracker: str, key: str, needed: int = 1, patience: float = PATIENCE_
 
 
 class Place:
-    """Measures on whichever server of a key the tracker gives it, and stays there.
+    """Measures on whichever server of a key the tracker names, and stays there; a process of its own speaks with the server.
 
     What the server holds of the default and of the weights is kept between jobs, and brought anew when the default or the number
-    of copies changes, or to another server after the first was lost. Not for several threads at once, but for `close`.
+    of copies changes, or to another server after the first was lost. Several places may measure at once, each in a thread.
     """
 
     def __init__(self, tracker: Tracker, key: str) -> None:
         self.tracker, self.key = tracker, key
-        self._guest: Guest | None = None
-        self._terms: tuple[str, int] | None = None
-        self._until = 0.0
+        self._errand: _Process | None = None
 
     def measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Carries out a job; a point where a layer is wrong is not timed, nor are those that follow.
@@ -89,91 +83,96 @@ class Place:
             PlaceLost: the server is gone, or none was free. The next job looks for one again.
             CandidateError: the candidate crashed, hung or failed; the server and what it holds are well.
             MeasureError: the job cannot be done here, whatever the candidate.
-            ArtifactError, BuildError: an artifact is damaged; there is no C++ compiler for the helper.
+            ArtifactError, BuildError: an artifact is damaged; there is no C++ compiler for the helper that servers are given.
         """
-        default, candidate = (_opened(folder) for folder in job["artifacts"])
-        if default.manifest["segments"] != candidate.manifest["segments"] or default.config != candidate.config:
-            raise MeasureError(f"{candidate.name} has another weight layout than the default {default.name}")
-        guest = self._at(default, int(job["copies"]))
+        if self._errand is None:
+            self._errand = _Process(self.tracker, self.key)
         try:
-            if int(job["threads"]) > guest.machine["processors"]:
-                raise MeasureError(
-                    f"threads={job['threads']} are more than the {guest.machine['processors']} processors of {guest.line}"
-                )
-            return {"points": _points(guest, candidate, job), "machine": guest.machine}
-        except PlaceLost:
+            reply = self._errand.ask(job)
+        except BaseException:
             self.close()
             raise
+        if "result" in reply:
+            result: dict[str, Any] = reply["result"]
+            return result
+        if reply["error"] == CandidateError.__name__:
+            raise CandidateError(reply["message"], reply["status"])
+        if reply["error"] == PlaceLost.__name__:
+            self.close()
+        raise getattr(errors, reply["error"])(reply["message"])
 
     def close(self) -> None:
-        """Gives the server back; a job that is under way is lost."""
-        guest, self._guest = self._guest, None
-        if guest is not None:
-            guest.close()
-
-    def _at(self, default: Artifact, copies: int) -> Guest:
-        """The guest of the server, anew where the last one does not serve."""
-        terms = default.manifest["files"][default.library.name]["sha256"], copies
-        if self._guest is None or self._terms != terms or time.monotonic() > self._until:
-            self.close()
-            self._until = time.monotonic() + SESSION_SECONDS / 2
-            line = self.tracker.claim(self.key, SESSION_SECONDS)
-            with contextlib.ExitStack() as undo:
-                undo.callback(line.cut)
-                self._guest, self._terms = Guest(line, default, copies), terms
-                undo.pop_all()
-        return self._guest
+        """Gives the server back; a job that is under way in another thread is lost."""
+        errand, self._errand = self._errand, None
+        if errand is not None:
+            errand.close()
 
     def __str__(self) -> str:
-        return f"a server of key {self.key!r}" if self._guest is None else str(self._guest.line)
+        return f"a server of key {self.key!r} at {self.tracker.address}"
 
 
-def _opened(folder: str | os.PathLike[str]) -> Artifact:
-    artifact = open_artifact(folder)
-    check_files(artifact)
-    return artifact
+class _Process:
+    """The process that runs errands, in a session of its own so that Ctrl-C reaches the tuner only; it ends with its input."""
 
+    def __init__(self, tracker: Tracker, key: str) -> None:
+        jobs, self._jobs = os.pipe()
+        self._replies, replies = os.pipe()
+        self._log = tempfile.TemporaryFile()
+        command = [sys.executable, "-m", _ERRAND, tracker.address, key, str(tracker.patience), str(jobs), str(replies)]
+        path = os.pathsep.join(part for part in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if part)
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=(jobs, replies),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+        os.close(jobs)
+        os.close(replies)
+        self._unread = b""
 
-def _points(guest: Guest, candidate: Artifact, job: Mapping[str, Any]) -> list[dict[str, Any]]:
-    todo = [(pathlib.Path(folder), int(tokens)) for folder in job["workload"] for tokens in job["tokens"]]
-    guest.take(candidate)
-    guest.keep(set(todo))
-    points: list[dict[str, Any]] = []
-    for folder, tokens in todo:
-        timed = not points or bool(points[-1]["seconds"][0])
-        points.append(_point(guest, folder, tokens, job, timed))
-    return points
+    def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """The process's answer to a job.
 
+        Raises:
+            PlaceLost: it ended, or an exchange with the server took longer than it was announced.
+        """
+        with contextlib.suppress(BrokenPipeError):  # the missing reply says why
+            os.write(self._jobs, (json.dumps(dict(job)) + "\n").encode())
+        seconds, doing = PREPARING_SECONDS, "starting"
+        while "within" in (reply := self._reply(seconds, doing)):
+            seconds, doing = float(reply["within"]), str(reply["doing"])
+        return reply
 
-def _point(guest: Guest, folder: pathlib.Path, tokens: int, job: Mapping[str, Any], timed: bool) -> dict[str, Any]:
-    config, limit, threads = guest.default.config, float(job.get("limit_s", _LIMIT_SECONDS)), int(job["threads"])
-    guest.bring(folder)
-    x, checks = guest.batches(folder, tokens), _checks(folder, tokens)
-    got, took = guest.answers(x, checks.rows, threads, limit)
-    errors = [_error(which, took_by, checks, config.dtype) for which, took_by in zip(got, took, strict=True)]
-    seconds: list[list[float]] = [[], []]
-    if timed and all(error <= workload.RELATIVE_L2[config.dtype] for error in errors):
-        turn, rounds = float(job["min_ms"]) / 1e3, int(job["rounds"])
-        # A candidate may be slower than the default, but one that takes ten times as long as it took to check it is hanging.
-        expected = rounds * (2 * turn + 2 * float(took.sum()) + took.max() / max(took[0].min(), 1e-9) * turn)
-        seconds = guest.times(x, threads, rounds, turn, limit + 10 * expected)
-    finite = [error if math.isfinite(error) else None for error in errors]
-    return {"workload": str(folder), "tokens": tokens, "relative_l2": finite, "seconds": seconds}
+    def _reply(self, seconds: float, doing: str) -> dict[str, Any]:
+        until = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._replies], [], [], left)[0]:
+                raise PlaceLost(f"no answer for {seconds:.0f} s: {doing}")
+            data = os.read(self._replies, 1 << 16)
+            if not data:
+                raise PlaceLost(f"{self._obituary()}: {doing}")
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
+    def _obituary(self) -> str:
+        code = self._process.wait()
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace").strip().splitlines()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process that speaks with the server {how}{f' ({said[-1]})' if said else ''}"
 
-def _error(got: Any, took: Any, checks: workload.Checks, dtype: str) -> float:
-    """Relative L2 error of the checked tokens of those batches that were called."""
-    called = int(np.count_nonzero(took))
-    expected = np.concatenate(checks.expected[:called])
-    return workload.relative_l2(to_float32(HostArray(got[: len(expected)], dtype)), expected)
-
-
-def _checks(folder: pathlib.Path, tokens: int) -> workload.Checks:
-    """The right outputs: those that were saved, or computed once for all places."""
-    with _studying:
-        return workload.read_checks(folder, tokens) or _studied(folder, tokens, batch_stamp(folder, tokens))
-
-
-@functools.lru_cache(maxsize=64)
-def _studied(folder: pathlib.Path, tokens: int, stamp: Stamp) -> workload.Checks:
-    return workload.study(folder, tokens)[1]
+    def close(self) -> None:
+        """Ends the process."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+        for descriptor in (self._jobs, self._replies):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

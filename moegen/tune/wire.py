@@ -1,7 +1,7 @@
-"""TVM's RPC as measuring uses it: a tracker that is asked, and lines to servers on which every exchange ends in time.
+"""TVM's RPC as measuring uses it: a tracker that is asked, and lines to servers.
 
-TVM's client waits for ever for a server that fell silent. So it does not connect to the server itself, but to a relay in this
-process, which can be cut; an exchange that takes too long then ends like one whose server is gone.
+TVM's client waits for ever for a server that fell silent, and may hold the interpreter's lock meanwhile. So every exchange is
+announced with the time that it may take, to another process that waits no longer (`moegen.tune.remote`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import contextlib
 import json
 import socket
 import struct
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import MeasureError, MoegenError, PlaceLost, without_rpc
@@ -24,9 +23,12 @@ except ModuleNotFoundError as error:
     raise without_rpc(error) from None
 
 PATIENCE_SECONDS = 30.0
-_CHUNK_BYTES = 1 << 20
+PREPARING_SECONDS = 600.0  # from one exchange to the next: imports, reading weights, computing the reference
 _POLL_SECONDS = 0.1
 _REMOTE_FAILURE = "Error caught from RPC call"  # begins what a server says of a function that failed there
+
+# Takes the seconds that an exchange may take, and what it is.
+Announce = Callable[[float, str], None]
 
 
 class Tracker:
@@ -56,12 +58,13 @@ class Tracker:
         queues = self._ask(base.TrackerCode.SUMMARY)[1]["queue_info"]
         return int(queues.get(key, {}).get("free", 0))
 
-    def claim(self, key: str, session_seconds: int) -> Line:
+    def claim(self, key: str, session_seconds: int, announce: Announce) -> Line:
         """A line to the next free server under `key`, which ends it after so many seconds.
 
         Raises:
             PlaceLost: no server becomes free, or the one that the tracker names does not answer, or the tracker does not.
         """
+        announce(2 * self.patience + PATIENCE_SECONDS, f"the tracker {self.address} was asked for a server")
         until = time.monotonic() + self.patience
         try:
             while not self.free(key):  # a request would be kept until there is one
@@ -73,7 +76,7 @@ class Tracker:
             raise
         except MeasureError as error:
             raise PlaceLost(str(error)) from error
-        return Line(host, port, match, session_seconds, self.patience)
+        return Line(host, port, match, session_seconds, announce)
 
     def how_to_serve(self, key: str) -> str:
         """What to start on a machine that is to measure."""
@@ -104,41 +107,26 @@ class Line:
     Args:
         host, port, match: as the tracker gives them.
         session_seconds: after so long the server ends the session.
-        patience: seconds that connecting may take.
+        announce: told before each exchange how many seconds it may take.
 
     Raises:
         PlaceLost: the server does not answer.
     """
 
-    def __init__(self, host: str, port: int, match: str, session_seconds: int, patience: float) -> None:
-        self.address = f"{host}:{port}"
-        try:
-            self._far = socket.create_connection((host, port), patience)
-        except OSError as error:
-            raise PlaceLost(f"{self} does not answer: {error}") from error
-        self._far.settimeout(None)
-        self._sockets = [self._far, socket.create_server(("127.0.0.1", 0))]
-        threading.Thread(target=self._relay, daemon=True).start()
-        with self.within(patience, "connecting"):
-            self.session = rpc.connect("127.0.0.1", self._sockets[1].getsockname()[1], match, session_seconds)
+    def __init__(self, host: str, port: int, match: str, session_seconds: int, announce: Announce) -> None:
+        self.address, self.announce = f"{host}:{port}", announce
+        with self.within(PATIENCE_SECONDS, "connecting"):
+            self.session = rpc.connect(host, port, match, session_seconds)
 
     @contextlib.contextmanager
     def within(self, seconds: float, doing: str) -> Iterator[None]:
-        """Exchanges with the server that together take at most so long.
+        """Exchanges with the server that together may take so long.
 
         Raises:
-            PlaceLost: they took longer, or the server is gone; the line is of no more use.
+            PlaceLost: the server is gone; the line is of no more use.
             MeasureError: a function that the server was asked to call failed there.
         """
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            self.cut()
-
-        timer = threading.Timer(seconds, end)
-        timer.daemon = True
-        timer.start()
+        self.announce(seconds, f"{self} was asked ({doing})")
         try:
             yield
         except MoegenError:
@@ -146,42 +134,16 @@ class Line:
         except (RuntimeError, OSError) as error:  # TVM's own exceptions are RuntimeErrors
             if _REMOTE_FAILURE in str(error):
                 raise MeasureError(f"{self} failed while {doing}: {_remote_reason(error)}") from error
-            reason = f"no answer for {seconds:.0f} s" if late.is_set() else str(error).strip().split("\n")[0]
-            self.cut()
-            raise PlaceLost(f"{self} was lost while {doing}: {reason}") from error
+            raise PlaceLost(f"{self} was lost while {doing}: {_first_line(error)}") from error
         finally:
-            timer.cancel()
-
-    def cut(self) -> None:
-        """Ends the line; the server is free again."""
-        for end in self._sockets:
-            with contextlib.suppress(OSError):  # not connected any more
-                end.shutdown(socket.SHUT_RDWR)
-
-    def _relay(self) -> None:
-        """Carries what TVM's client says to the server, and back, until one of the two hangs up."""
-        with contextlib.ExitStack() as stack:
-            far, listener = (stack.enter_context(end) for end in tuple(self._sockets))
-            try:
-                near = stack.enter_context(listener.accept()[0])
-            except OSError:  # cut before TVM's client came
-                return
-            self._sockets.append(near)
-            for end in (near, far):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            there = threading.Thread(target=self._carry, args=(near, far), daemon=True)
-            there.start()
-            self._carry(far, near)
-            there.join()
-
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # one of the two is gone, which the client notices by itself
-            while data := source.recv(_CHUNK_BYTES):
-                sink.sendall(data)
-        self.cut()
+            self.announce(PREPARING_SECONDS, "preparing the next exchange with a server")
 
     def __str__(self) -> str:
         return f"the server {self.address}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _remote_reason(error: Exception) -> str:
