@@ -260,7 +260,7 @@ def _helper(arch: str) -> bytes:
     source = package_folder("templates") / "tune" / "remote.cc"
     with tempfile.TemporaryDirectory() as folder:
         library = pathlib.Path(folder) / _HELPER
-        options = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-static-libstdc++", "-static-libgcc"]
+        options = ["-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-static-libstdc++", "-static-libgcc"]
         options += ["-Wl,--exclude-libs,ALL", "-Wl,-s", *(f"-I{path}" for path in tvm_ffi.libinfo.include_paths())]
         command = [*cxx_for(arch), *options, str(source), "-o", str(library), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -117,7 +117,7 @@ class _Process:
     def __init__(self, tracker: Tracker, key: str) -> None:
         jobs, self._jobs = os.pipe()
         self._replies, replies = os.pipe()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         command = [sys.executable, "-m", _ERRAND, tracker.address, key, str(tracker.patience), str(jobs), str(replies)]
         path = os.pathsep.join(part for part in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if part)
         self._process = subprocess.Popen(

@@ -205,28 +205,28 @@ TVMFFIAny Tensor(DLTensor& t) {
   return any;
 }
 
-// The batch b of x [B, T, H], as a tensor [T, H].
-DLTensor Batch(const DLTensor& x, int64_t b) {
-  DLTensor batch = x;
-  batch.ndim = 2;
-  batch.shape = x.shape + 1;
-  batch.strides = nullptr;
-  batch.byte_offset += b * (Bytes(x) / x.shape[0]);
-  return batch;
+// The batches of x [B, T, H], as tensors [T, H] in aligned memory of their own.
+std::vector<DLTensor> Batches(const DLTensor& x) {
+  std::vector<DLTensor> batches;
+  int64_t bytes = Bytes(x) / x.shape[0];
+  for (int64_t b = 0; b < x.shape[0]; ++b) {
+    batches.push_back({Memory(bytes), {kDLCPU, 0}, 2, x.dtype, x.shape + 1, nullptr, 0});
+    memcpy(batches.back().data, Data(x) + b * bytes, bytes);
+  }
+  return batches;
 }
 
 // A compiled layer in a child, for batches of T tokens; the child's end is its end.
 class Layer {
  public:
-  Layer(const char* file, const DLTensor& x, int64_t threads) : out_(Batch(x, 0)) {
+  Layer(const char* file, const DLTensor& batch, int64_t threads) : out_(batch) {
     library_ = dlopen(file, RTLD_NOW | RTLD_LOCAL);
     if (library_ == nullptr) throw Failure{dlerror()};
     forward_ = Find("__tvm_ffi_moe_forward");
-    workspace_bytes_ = Call(Find("__tvm_ffi_moe_workspace_bytes"), {Int(x.shape[1])}).v_int64;
+    workspace_bytes_ = Call(Find("__tvm_ffi_moe_workspace_bytes"), {Int(batch.shape[0])}).v_int64;
     pool_ = Call(Find("__tvm_ffi_moe_pool"), {Int(threads)}).v_int64;
     workspace_ = {Memory(workspace_bytes_), {kDLCPU, 0}, 1, {kDLUInt, 8, 1}, &workspace_bytes_, nullptr, 0};
     out_.data = Memory(Bytes(out_));
-    out_.byte_offset = 0;
   }
   Layer(const Layer&) = delete;
 
@@ -326,14 +326,15 @@ int64_t Answers(const Given& given) {
   Shared<char> out(2 * count * row_bytes);
   Shared<double> took(2 * batches);
   int64_t ending = InChild(given.Float(4), given.Tensor(7), [&](int64_t& who) {
+    std::vector<DLTensor> xs = Batches(x);
     for (int64_t library = 0; library < 2; ++library) {
       who = library;
-      Layer layer(kFiles[library], x, threads);
+      Layer layer(kFiles[library], xs[0], threads);
       const int32_t* row = Data<int32_t>(rows);
       char* next = out.data() + library * count * row_bytes;
       for (int64_t b = 0; b < batches && layer.last_seconds() < kSlowSeconds; ++b) {
         layer.Poison();
-        took.data()[library * batches + b] = layer.Forward(Batch(x, b), weights);
+        took.data()[library * batches + b] = layer.Forward(xs[b], weights);
         for (; row < Data<int32_t>(rows) + count && *row < (b + 1) * tokens; ++row, next += row_bytes) {
           memcpy(next, Data(layer.out()) + (*row - b * tokens) * row_bytes, row_bytes);
         }
@@ -359,12 +360,13 @@ int64_t Times(const Given& given) {
   if (weights.empty()) throw Failure{"times: no weights"};
   Shared<double> medians(2 * rounds);
   int64_t ending = InChild(given.Float(4), given.Tensor(6), [&](int64_t& who) {
-    Layer one(kFiles[0], x, threads);
+    std::vector<DLTensor> xs = Batches(x);
+    Layer one(kFiles[0], xs[0], threads);
     who = 1;
-    Layer other(kFiles[1], x, threads);
+    Layer other(kFiles[1], xs[0], threads);
     Layer* layers[] = {&one, &other};
     size_t steps[] = {0, 0};
-    auto call = [&](size_t step) { return layers[who]->Forward(Batch(x, step % batches), weights[step % weights.size()]); };
+    auto call = [&](size_t step) { return layers[who]->Forward(xs[step % batches], weights[step % weights.size()]); };
     for (int64_t round = 0; round < rounds; ++round) {
       for (int64_t turn = 0; turn < 2; ++turn) {
         who = (round + turn) % 2;
