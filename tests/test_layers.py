@@ -41,6 +41,7 @@ ORDER = (
     ("presets",),
     ("options",),
     ("bench",),
+    ("tune",),
     ("report",),
     ("cli",),
     ("__main__",),
@@ -69,6 +70,13 @@ INSIDE = {
         ("team",),
         ("__init__",),
     ),
+    "tune": (
+        ("__init__",),
+        ("wire",),
+        ("guest",),
+        ("errand",),
+        ("remote",),
+    ),
     "report": (
         ("readings",),
         ("drawing", "tables"),
@@ -83,10 +91,10 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
 RUNTIME_NEVER = {"emission", "compiler", "intrinsics", "rewriting", "plan", "builder", "batch", "schedules"}
-RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "cli"}
+RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
-    "tvm": {"compiler", "intrinsics", "rewriting"},
+    "tvm": {"compiler", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"report.drawing"},
     "PIL": {"report.drawing"},

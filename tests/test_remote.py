@@ -28,6 +28,7 @@ from moegen.errors import CandidateError, MeasureError, PlaceLost
 from moegen.target import X86_FEATURES, host_cpu_flags
 from moegen.toolchain import cxx
 from moegen.tune import remote
+from moegen.tune.guest import _stamps
 
 KEY = "tiny"
 CONFIG = moegen.MoEConfig(**TINY, dtype="bfloat16", gating="sigmoid", correction_bias=True, shared_intermediate=16)  # every segment
@@ -105,6 +106,10 @@ def job(default: moegen.Artifact, tmp_path_factory: pytest.TempPathFactory) -> d
     folders = [tmp_path_factory.mktemp("work") / routing for routing in workload.ROUTINGS]
     for folder in folders:
         workload.make(folder, CONFIG, folder.name, seed=1)
+    for file in folders[0].glob("experts.*"):
+        folders[1].joinpath(file.name).unlink()
+        os.link(file, folders[1] / file.name)
+    for folder in folders:
         for tokens in (1, 7):
             workload.make_batches(folder, CONFIG, tokens, seed=2)
     both = [str(default.path)] * 2
@@ -190,6 +195,13 @@ def test_two_servers(fleet: tuple[Fleet, str], default: moegen.Artifact, job: di
             folder = altered(default, tmp_path / "lacking", target=target)
             with pytest.raises(MeasureError, match=f"lacks {lacking[0]}"):
                 places[1].measure(against(job, folder) | {"artifacts": [str(folder)] * 2})
+
+
+def test_what_is_packed_again(job: dict[str, Any]) -> None:
+    """Workloads that share the experts' files do not send them again."""
+    first, second = (_stamps(pathlib.Path(folder)) for folder in job["workload"])
+    assert first["experts"] == second["experts"]
+    assert first["others"] != second["others"]
 
 
 def test_what_to_start(fleet: tuple[Fleet, str]) -> None:

@@ -29,6 +29,7 @@ from .wire import Announce, Tracker
 
 SESSION_SECONDS = 4 * 3600  # a server is free again so long after a client's machine fell silent
 _LIMIT_SECONDS = 60.0
+_SLACK = 10.0  # what takes so many times as long as it took to check it is hanging
 
 
 class Errand:
@@ -91,9 +92,9 @@ def _point(guest: Guest, folder: pathlib.Path, tokens: int, job: Mapping[str, An
     seconds: list[list[float]] = [[], []]
     if timed and all(error <= workload.RELATIVE_L2[config.dtype] for error in errors):
         turn, rounds = float(job["min_ms"]) / 1e3, int(job["rounds"])
-        # A candidate may be slower than the default, but one that takes ten times as long as it took to check it is hanging.
-        expected = rounds * (2 * turn + 2 * float(took.sum()) + took.max() / max(took[0].min(), 1e-9) * turn)
-        seconds = guest.times(x, threads, rounds, turn, limit + 10 * expected)
+        cycles = [float(np.mean(took_by[took_by > 0])) * len(took_by) for took_by in took]  # of a cycle through all batches
+        expected = rounds * (turn + cycles[0]) * (1 + max(1.0, cycles[1] / cycles[0]))
+        seconds = guest.times(x, threads, rounds, turn, limit + _SLACK * expected)
     finite = [error if math.isfinite(error) else None for error in errors]
     return {"workload": str(folder), "tokens": tokens, "relative_l2": finite, "seconds": seconds}
 

@@ -176,3 +176,6 @@ class _Process:
         for descriptor in (self._jobs, self._replies):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+
+__all__ = ["Place", "PlaceLost", "servers"]
