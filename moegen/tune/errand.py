@@ -57,7 +57,7 @@ class Errand:
 
     def _at(self, default: Artifact, copies: int) -> Guest:
         """The guest of the server, anew where the last one does not serve."""
-        terms = default.manifest["files"][default.library.name]["sha256"], copies
+        terms = str(default.manifest["manifest_sha256"]), copies
         if self._guest is None or self._terms != terms or time.monotonic() > self._until:
             self._guest = None  # which ends its session
             self._until = time.monotonic() + SESSION_SECONDS / 2
