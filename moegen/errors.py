@@ -75,3 +75,8 @@ class ReportError(MoegenError, ValueError):
 def without_pictures(missing: ModuleNotFoundError) -> ReportError:
     """What to say when a package of the `[report]` extra is not installed."""
     return ReportError(f"a report needs what draws its pictures ({missing.name} is not installed): pip install 'moegen[report]'")
+
+
+def without_rpc(missing: ModuleNotFoundError) -> MeasureError:
+    """What to say when a package of the `[rpc]` extra is not installed."""
+    return MeasureError(f"measuring on other machines needs TVM's RPC ({missing.name} is not installed): pip install 'moegen[rpc]'")

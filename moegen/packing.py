@@ -53,9 +53,7 @@ class Packer:
             bias = self._rounded(_present(router["bias"]))
             self._write("router_bias", 0, HostArray(np.pad(bias, (0, int(config.shared_gate))), "float32"))
         if config.correction_bias:
-            offset = int(self.segments["correction_bias"][1]["offset_bytes"])
-            correction = arrays.to_float32(_present(router["correction_bias"]))
-            self.blob[offset : offset + correction.nbytes].view(np.float32)[...] = correction
+            self._copy("correction_bias", arrays.to_float32(_present(router["correction_bias"])))
 
     def experts(self, source: WeightSource, experts: Iterable[int]) -> None:
         """Some of the routed experts."""
@@ -101,6 +99,11 @@ class Packer:
         index, segment = self.segments[name]
         stored = [readable(_as_stored(part, segment["dtype"])) for part in parts if part is not None]
         self.function(self.blob, index, expert, stored[0], stored[1] if len(stored) > 1 else None, self.pool)
+
+    def _copy(self, name: str, values: npt.NDArray[np.float32]) -> None:
+        """A segment that is stored as it is."""
+        offset = int(self.segments[name][1]["offset_bytes"])
+        self.blob[offset : offset + values.nbytes].view(np.float32)[...] = values
 
 
 def byte_offsets(quantized: Quantized, blocks: int, length: int) -> Array:

@@ -78,9 +78,9 @@ def host_cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def missing_features(target: Target) -> list[str]:
-    """Features that `target` needs and this machine does not have."""
-    flags = host_cpu_flags()
+def missing_features(target: Target, flags: frozenset[str] | None = None) -> list[str]:
+    """Features that `target` needs and a machine with these flags in its /proc/cpuinfo does not have; None for this machine."""
+    flags = host_cpu_flags() if flags is None else flags
     return [f for f in target.features if X86_FEATURES[f] not in flags] if target.arch == "x86_64" else []
 
 

@@ -83,6 +83,10 @@ INSIDE = {
     "tune": (
         ("search", "processes", "times", "journal", "space"),
         ("places",),
+        ("wire",),
+        ("guest",),
+        ("errand",),
+        ("remote",),
         ("worker", "building"),
         ("lines",),
         ("stand",),
@@ -121,7 +125,7 @@ RUNTIME_NEVER = {
 RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
-    "tvm": {"compiler", "intrinsics", "rewriting"},
+    "tvm": {"compiler", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"report.drawing"},
     "PIL": {"report.drawing"},
