@@ -174,6 +174,11 @@ class MoEConfig:
         return self.weight_dtype != "same"
 
     @property
+    def whole(self) -> MoEConfig:
+        """The same layer with every weight in its dtype."""
+        return dataclasses.replace(self, weight_dtype="same", weight_group=0, weight_zero_point=False, activation_dtype="same")
+
+    @property
     def gated(self) -> bool:
         """Whether experts have a gate next to their up projection."""
         return self.activation in GATED_ACTIVATIONS

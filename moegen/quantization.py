@@ -75,6 +75,16 @@ def groups_of(config: MoEConfig, k: int) -> int:
     return -(-k // group_of(config, k))
 
 
+def stored_bytes(config: MoEConfig, n: int, k: int) -> int:
+    """Bytes of a matrix [n, k] as `config` stores it: codes, scales and zero points, without padding."""
+    item_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}
+    if not config.low_bit:
+        return n * k * item_bytes[config.dtype]
+    scale_bytes = 1 if config.weight_dtype == "mxfp4" else item_bytes[config.scale_dtype]
+    per_group = n * groups_of(config, k) * (scale_bytes + int(config.weight_zero_point))
+    return n * k // (1 if config.weight_dtype == "int8" else 2) + per_group
+
+
 # ---------------------------------------------------------------- weights
 
 

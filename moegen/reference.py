@@ -375,16 +375,16 @@ def dequantized(config: MoEConfig, weights: Weights) -> dict[str, npt.NDArray[An
     rounding once: weights that a checkpoint had in few bits come from `moegen.weights.WeightSource.to_float32` instead.
 
     Args:
-        weights: the names of `weight_shapes`, float arrays.
+        weights: float arrays by the names of `weight_shapes`, or some of them.
 
     Raises:
-        WeightsError: a projection is missing, has the wrong shape, or cannot be stored (see `quantize`).
+        WeightsError: a projection has the wrong shape, or cannot be stored (see `quantize`).
     """
     found: dict[str, npt.NDArray[Any]] = dict(weights)
     if not config.low_bit:
         return found
     for name, shape in weight_shapes(config).items():
-        if not name.startswith(("experts.", "shared.")) or not name.endswith(".weight"):
+        if name not in weights or not name.startswith(("experts.", "shared.")) or not name.endswith(".weight"):
             continue
         values = np.empty(shape, np.float64)
         experts = range(config.experts) if len(shape) == 3 else (None,)

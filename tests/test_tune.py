@@ -220,10 +220,10 @@ def test_measuring(default: pathlib.Path, folders: list[str], tmp_path: pathlib.
     copy = tmp_path / "copy" / default.name
     shutil.copytree(default, copy)
     result = Here(tmp_path).measure(_job(default, copy, folders))
-    points = points_of(result, "float32")
+    points = points_of(result, CONFIG)
     assert [(point.routing, point.tokens, len(point.default)) for point in points] == [("uniform", 2, 3), ("zipf", 2, 3)]
     assert all(point["relative_l2"][0] == point["relative_l2"][1] > 0 for point in result["points"])
-    again = points_of(Here(tmp_path).measure(_job(default, copy, folders)), "float32")
+    again = points_of(Here(tmp_path).measure(_job(default, copy, folders)), CONFIG)
     both = times.merged([points, again])
     assert [len(point.candidate) for point in both] == [6, 6]
     router = [np.load(pathlib.Path(folder) / "router.weight.npy") for folder in folders]
@@ -246,7 +246,10 @@ def test_a_bad_candidate_costs_one_trial(
 ) -> None:
     made = candidate(body)
     with pytest.raises(CandidateError, match=what) as failed:
-        points_of(Here(tmp_path, limit_seconds=2 if status == "timeout" else 60).measure(_job(default, made, folders)), "float32")
+        points_of(
+            Here(tmp_path, limit_seconds=2 if status == "timeout" else 60).measure(_job(default, made, folders)),
+            CONFIG,
+        )
     assert failed.value.status == status
     assert not processes._running
 

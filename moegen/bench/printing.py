@@ -45,6 +45,9 @@ def point_lines(point: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[st
     yield table(header, rows, right=range(1, 9))
     if any((entry["roofline_fraction"] or 0.0) > 1.0 for entry in point["contenders"]):
         yield "over 100% of the roofline: weights were still in the caches, or the ceilings were sampled at slower moments"
+    if point["rounding_relative_l2"] is not None:
+        stored, l2 = run["config"]["weight_dtype"], scientific(point["rounding_relative_l2"])
+        yield f"few bits: only moegen reads weights as {stored}, which in itself changes the output by {l2} (relative L2)"
     if point["parts"]:
         yield "parts: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in point["parts"].items() if seconds)
     if point["workspace_bytes"] is not None:

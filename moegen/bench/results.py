@@ -11,7 +11,8 @@ run         one layer at one number of threads and one routing: name, preset or 
 point       one number of tokens: tokens, flops, active_experts and weight_bytes_read (of a call, averaged over the batches),
             ceilings {kind, flops_per_s, read_bytes_per_s (medians), flops_samples, read_samples}, roofline_seconds,
             contenders, parts {part of moegen's call: seconds}, expert_load [tokens of each expert, over the batches],
-            workspace_bytes, dense {seconds, measured_ratio, arithmetic_ratio, how} or null
+            workspace_bytes, dense {seconds, measured_ratio, arithmetic_ratio, how} or null,
+            rounding_relative_l2 (what storing weights, and rows, in few bits changes in itself; null where they are not)
 contender   name, status ("correct", "wrong" or "failed"), reason, relative_l2, calls, seconds {median, p95, p99, min, max},
             samples (of at most 200 calls), tokens_per_s, flops_per_s, bytes_per_s, roofline_fraction, ratio_to_moegen
 """

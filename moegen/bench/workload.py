@@ -25,10 +25,12 @@ from .. import reference
 from ..arrays import HostArray, to_float32, to_storage
 from ..config import MoEConfig, weight_shapes
 from ..errors import ConfigError
+from ..quantization import stored_bytes
 
 ROUTINGS = ("uniform", "zipf")
 # Bounds on the relative L2 error of what is timed.
-RELATIVE_L2 = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
+_RELATIVE_L2 = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
+_BYTE_ROWS_RELATIVE_L2 = 5e-3
 _LAYER = "layer.json"
 _LIKE = "like.txt"
 _PREFIX = "moegen-workload-"
@@ -49,13 +51,15 @@ class Work:
     Args:
         flops: of the router, the routed experts within capacity and the shared expert; a multiply-add is two.
         active_experts: different experts that one batch visits.
-        weight_bytes: of the weights that one batch has to read: router, active experts, shared expert.
+        weight_bytes: of the weights that one batch has to read: router, active experts, shared expert, as the layer stores them.
+        whole_bytes: the same with every weight in the layer's dtype, as other contenders of a layer in few bits have them.
         expert_load: [E], tokens that chose each expert, summed over the batches.
     """
 
     flops: float
     active_experts: float
     weight_bytes: float
+    whole_bytes: float
     expert_load: tuple[int, ...]
 
 
@@ -66,10 +70,12 @@ class Checks:
     Args:
         rows: for each batch, the indices of its tokens, none of them near a tie of the router.
         expected: for each batch, float64 [len(rows), H].
+        whole: the same of the weights before they were rounded to few bits; `expected` itself where they are not.
     """
 
     rows: list[list[int]]
     expected: list[npt.NDArray[np.float64]]
+    whole: list[npt.NDArray[np.float64]]
 
 
 # ---------------------------------------------------------------- making
@@ -209,9 +215,8 @@ def _batch_file(folder: pathlib.Path, tokens: int, index: int) -> pathlib.Path:
 def save_checks(folder: pathlib.Path, tokens: int, checks: Checks) -> None:
     """Keeps what the outputs of a size should be, for processes that compare with it."""
     counts = [len(chosen) for chosen in checks.rows]
-    np.savez(
-        _checks_file(folder, tokens), counts=counts, rows=np.concatenate(checks.rows), expected=np.concatenate(checks.expected)
-    )
+    arrays = {name: np.concatenate(getattr(checks, name)) for name in ("rows", "expected", "whole")}
+    np.savez(_checks_file(folder, tokens), counts=counts, **arrays)
 
 
 def read_checks(folder: pathlib.Path, tokens: int) -> Checks | None:
@@ -222,7 +227,8 @@ def read_checks(folder: pathlib.Path, tokens: int) -> Checks | None:
     with np.load(file) as kept:
         ends = np.cumsum(kept["counts"])[:-1]
         rows = [[int(t) for t in part] for part in np.split(kept["rows"], ends)]
-        return Checks(rows, np.split(kept["expected"], ends))
+        expected, whole = (np.split(kept[name], ends) for name in ("expected", "whole"))
+        return Checks(rows, expected, whole)
 
 
 def relative_l2(got: Array, expected: Array) -> float:
@@ -249,25 +255,42 @@ def study(folder: pathlib.Path, tokens: int) -> tuple[Work, Checks]:
         np.concatenate(parts)
         for parts in zip(*((part, r.ids[chosen], (r.weights * r.kept)[chosen]) for part, r, chosen in taken), strict=True)
     )
-    y = _experts(config, weights, x, ids, factors)
-    y += reference.shared(config, {n: to_float32(a) for n, a in weights.items() if n.startswith("shared")}, x)
-    return work, Checks(rows, np.split(y, np.cumsum([len(chosen) for chosen in rows])[:-1]))
+    ends = np.cumsum([len(chosen) for chosen in rows])[:-1]
+    expected = np.split(_outputs(config, weights, x, ids, factors), ends)
+    whole = np.split(_outputs(config.whole, weights, x, ids, factors), ends) if config.low_bit else expected
+    return work, Checks(rows, expected, whole)
 
 
 def _work(config: MoEConfig, routings: Sequence[reference.Routing], tokens: int) -> Work:
     c, projections = config, 3 if config.gated else 2
     active = float(np.mean([len(np.unique(r.ids[r.kept])) for r in routings]))
     visits = float(np.mean([r.kept.sum() for r in routings]))
-    weights = {"experts.": 0, "router.": 0, "shared": 0}
-    for name, shape in weight_shapes(c).items():
-        item_bytes = 4 if _dtype(c, name) == "float32" else 2
-        weights[name[: name.index(".") + 1] if name[:6] != "shared" else "shared"] += int(np.prod(shape)) * item_bytes
     return Work(
         flops=2.0 * c.hidden * (projections * (visits * c.intermediate + tokens * c.shared_intermediate) + tokens * c.experts),
         active_experts=active,
-        weight_bytes=weights["experts."] / c.experts * active + weights["router."] + weights["shared"],
+        weight_bytes=_weight_bytes(c, active),
+        whole_bytes=_weight_bytes(c.whole, active),
         expert_load=tuple(int(n) for n in np.sum([r.load for r in routings], axis=0)),
     )
+
+
+def _weight_bytes(config: MoEConfig, active: float) -> float:
+    """Of the weights that a batch reads which visits `active` experts."""
+    found = 0.0
+    for name, shape in weight_shapes(config).items():
+        if name.endswith(".weight") and name.startswith(("experts.", "shared.")):
+            size = float(stored_bytes(config, shape[-2], shape[-1]))
+        else:
+            size = np.prod(shape[1:] if name.startswith("experts.") else shape) * (
+                4.0 if _dtype(config, name) == "float32" else 2.0
+            )
+        found += size * (active if name.startswith("experts.") else 1)
+    return found
+
+
+def bound(config: MoEConfig) -> float:
+    """The largest relative L2 error of an output that is right."""
+    return max(_RELATIVE_L2[config.dtype], _BYTE_ROWS_RELATIVE_L2 if config.activation_dtype == "int8" else 0.0)
 
 
 def _settled(config: MoEConfig, router: dict[str, Any], x: Array, count: int) -> list[int]:
@@ -279,6 +302,14 @@ def _settled(config: MoEConfig, router: dict[str, Any], x: Array, count: int) ->
     return [int(t) for t in clear[spread]]
 
 
+def _outputs(config: MoEConfig, weights: dict[str, HostArray], x: Array, ids: Array, factors: Array) -> npt.NDArray[np.float64]:
+    """The layer's output for a routing, float64."""
+    shared = {n: to_float32(a) for n, a in weights.items() if n.startswith("shared")}
+    if shared:
+        shared = reference.dequantized(dataclasses.replace(config, experts=1, top_k=1, n_group=1, topk_group=1), shared)
+    return _experts(config, weights, x, ids, factors) + reference.shared(config, shared, x)
+
+
 def _experts(config: MoEConfig, weights: dict[str, HostArray], x: Array, ids: Array, factors: Array) -> npt.NDArray[np.float64]:
     """The routed experts in float64, one expert's weights at a time."""
     one = dataclasses.replace(config, experts=1, top_k=1, n_group=1, topk_group=1)
@@ -286,7 +317,7 @@ def _experts(config: MoEConfig, weights: dict[str, HostArray], x: Array, ids: Ar
     for expert, tokens, slots in _visits(ids):
         own = {n: to_float32(HostArray(a.data[expert : expert + 1], a.dtype)) for n, a in weights.items() if n[:8] == "experts."}
         routed = factors[tokens, slots][:, None]
-        y[tokens] += reference.experts(one, own, x[tokens], np.zeros(routed.shape, int), routed)
+        y[tokens] += reference.experts(one, reference.dequantized(one, own), x[tokens], np.zeros(routed.shape, int), routed)
     return y
 
 

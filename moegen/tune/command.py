@@ -135,7 +135,7 @@ def _places(options: dict[str, Any]) -> Sequence[Any]:
     if not tracker:
         return ()
     # Imported here, because only this needs the packages of remote calls.
-    from .remote import servers  # type: ignore[import-not-found, unused-ignore]
+    from .remote import servers
 
     found: Sequence[Any] = servers(tracker, key)
     return found

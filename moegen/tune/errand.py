@@ -90,7 +90,7 @@ def _point(guest: Guest, folder: pathlib.Path, tokens: int, job: Mapping[str, An
     got, took = guest.answers(x, checks.rows, threads, limit)
     errors = [_error(which, took_by, checks, config.dtype) for which, took_by in zip(got, took, strict=True)]
     seconds: list[list[float]] = [[], []]
-    if timed and all(error <= workload.RELATIVE_L2[config.dtype] for error in errors):
+    if timed and all(error <= workload.bound(config) for error in errors):
         turn, rounds = float(job["min_ms"]) / 1e3, int(job["rounds"])
         cycles = [float(np.mean(took_by[took_by > 0])) * len(took_by) for took_by in took]  # of a cycle through all batches
         expected = rounds * (turn + cycles[0]) * (1 + max(1.0, cycles[1] / cycles[0]))

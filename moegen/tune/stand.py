@@ -120,12 +120,12 @@ class Stand:
             "min_ms": self.effort.min_ms,
             "copies": self.copies,
         }
-        found = merged([points_of(self.places.measure(job), self.config.dtype) for _ in range(processes)])
+        found = merged([points_of(self.places.measure(job), self.config) for _ in range(processes)])
         for _ in range(self.effort.repeats):
             known = ratio(found)
             if known.high - known.low <= self.effort.band:
                 break
-            found = merged([found, points_of(self.places.measure(job), self.config.dtype)])
+            found = merged([found, points_of(self.places.measure(job), self.config)])
         return found
 
     def measure_each(

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bench.workload import RELATIVE_L2
+from ..bench.workload import bound
+from ..config import MoEConfig
 from ..errors import CandidateError
 
 _RESAMPLES = 1000
@@ -82,7 +83,7 @@ def ratio(points: Sequence[Measured]) -> Ratio:
     return Ratio(math.exp(total / len(points)), math.exp(low), math.exp(high))
 
 
-def points_of(result: Mapping[str, Any], dtype: str) -> list[Measured]:
+def points_of(result: Mapping[str, Any], config: MoEConfig) -> list[Measured]:
     """The points of a result.
 
     Raises:
@@ -93,7 +94,7 @@ def points_of(result: Mapping[str, Any], dtype: str) -> list[Measured]:
         default, candidate = (math.inf if error is None else error for error in point["relative_l2"])
         where = f"at {point['tokens']} tokens, {pathlib.Path(point['workload']).name} routing"
         for who, error in (("the default", default), ("it", candidate)):
-            if not error <= RELATIVE_L2[dtype]:
+            if not error <= bound(config):
                 raise CandidateError(f"{who} is off by a relative L2 error of {error:.1e} {where}", "wrong")
         first, second = ([float(s) for s in samples] for samples in point["seconds"])
         if not first or len(first) != len(second) or not all(0 < s < math.inf for s in (*first, *second)):

@@ -110,7 +110,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """Carries out a job; a point where a layer is wrong is not timed, nor are those that follow."""
     folders = [pathlib.Path(folder) for folder in job["workload"]]
     pair = Pair(job["artifacts"], folders[0], int(job["threads"]), int(job["copies"]))
-    bound = workload.RELATIVE_L2[pair.config.dtype]
+    bound = workload.bound(pair.config)
     points, right = [], True
     for folder in folders:
         pair.route_as(folder)
