@@ -215,8 +215,8 @@ def _batch_file(folder: pathlib.Path, tokens: int, index: int) -> pathlib.Path:
 def save_checks(folder: pathlib.Path, tokens: int, checks: Checks) -> None:
     """Keeps what the outputs of a size should be, for processes that compare with it."""
     counts = [len(chosen) for chosen in checks.rows]
-    arrays = {name: np.concatenate(getattr(checks, name)) for name in ("rows", "expected", "whole")}
-    np.savez(_checks_file(folder, tokens), counts=counts, **arrays)
+    rows, expected, whole = (np.concatenate(parts) for parts in (checks.rows, checks.expected, checks.whole))
+    np.savez(_checks_file(folder, tokens), counts=counts, rows=rows, expected=expected, whole=whole)
 
 
 def read_checks(folder: pathlib.Path, tokens: int) -> Checks | None:
