@@ -195,8 +195,8 @@ class _Regime:
     def _final(self, null: Line) -> Line:
         statuses = collections.Counter(str(line["status"]) for line in self.trials)
         own = self.stand.tokens([self.name])
-        right = sorted((line for line in self.trials if line["status"] == "correct"), key=lambda line: float(line["ratio"]))
-        best = self._best_again([line for line in right[:_FINALISTS] if line["ratio"] < 1])
+        faster = [line for line in self.trials if line["status"] == "correct" and line["ratio"] < 1]
+        best = self._best_again(sorted(faster, key=lambda line: float(line["band"][1]))[:_FINALISTS])  # by what is sure
         if best is None:
             return self.scribe.decision(False, "no candidate was faster than the default", {}, [], null, statuses, own)
         knobs, artifact = best
