@@ -153,14 +153,23 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
 
 
 def own_sources() -> str:
-    """SHA-256 of templates and schedules, which decide the code as much as the choices do."""
+    """SHA-256 of templates and schedules, which decide the code as much as the choices do; comments in schedules do not count."""
     digest = hashlib.sha256()
-    for folder in ("templates/llvm", "templates/te", "schedules"):
-        top, _, rest = folder.partition("/")
-        for path in sorted((package_folder(top) / rest).rglob("*")):
-            if path.is_file() and path.suffix not in (".pyc", ".md"):
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for pattern in ("templates/llvm/*", "templates/te/*", "schedules/*.py", "schedules/llvm/*.py"):
+        top, _, rest = pattern.partition("/")
+        for path in sorted(package_folder(top).glob(rest)):
+            if path.is_file():
+                digest.update(path.name.encode() + b"\0" + (_code(path) if path.suffix == ".py" else path.read_bytes()))
     return digest.hexdigest()
+
+
+def _code(path: pathlib.Path) -> bytes:
+    """What a Python file does: its syntax tree without what is only said."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree).encode()
 
 
 def provenance() -> records.Provenance:
