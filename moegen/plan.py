@@ -7,10 +7,12 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
 import platform
+import tokenize
 from collections.abc import Mapping
 from typing import Any
 
@@ -164,12 +166,18 @@ def own_sources() -> str:
 
 
 def _code(path: pathlib.Path) -> bytes:
-    """What a Python file does: its syntax tree without what is only said."""
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
+    """A Python file without docstrings, comments and empty lines; the same text whatever Python reads it."""
+    source = path.read_bytes()
+    lines = source.decode().splitlines()
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.dump(tree).encode()
+            said = node.body[0]
+            lines[said.lineno - 1 : said.end_lineno] = [""] * ((said.end_lineno or said.lineno) - said.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip()).encode()
 
 
 def provenance() -> records.Provenance:
