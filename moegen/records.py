@@ -17,10 +17,12 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from .artifact import default_store
+from .choices import REGIMES
 from .config import MoEConfig
 from .errors import RecordError
 from .paths import package_folder
@@ -35,6 +37,7 @@ LAYER_FIELDS = (
 )  # fmt: skip
 _IN_NAME = 6  # of the layer's fields; the others by their digest, where one is not as usual
 
+_PLAIN = re.compile(r"\w[\w.+-]*")
 _NUMBER = (int, float)
 _COMMON: dict[str, Any] = {
     "schema_version": int, "kind": str, "regime": str, "layer": dict, "target": str, "created": str, "provenance": dict,
@@ -171,6 +174,10 @@ def fault(line: Any) -> str:
             return f"{name} is missing or of the wrong kind"
     if set(line["layer"]) != set(LAYER_FIELDS):
         return "layer has other fields than this moegen's layers"
+    if line["regime"] not in REGIMES:
+        return f"regime={line['regime']!r} must be one of {', '.join(REGIMES)}"
+    if not all(_PLAIN.fullmatch(name) for name in (line["target"], layer_name(line["layer"]))):
+        return "target or layer cannot be the name of a file"
     if kind == "trial" and line["status"] not in STATUSES:
         return f"status={line['status']!r} must be one of {', '.join(STATUSES)}"
     knobs = line.get("knobs", {})

@@ -110,6 +110,9 @@ def test_what_cannot_be_read_is_named_and_passed_over(tmp_path: pathlib.Path) ->
         json.dumps(decision() | {"points": [{"tokens": 1, "routing": "zipf", "ratio": 0.0, "band": [1, 1]}]}),
         json.dumps(decision() | {"points": []}),
         json.dumps(decision() | {"layer": {"experts": 2}}),
+        json.dumps(decision() | {"layer": records.layer_of(CONFIG) | {"dtype": "../../float32"}}),
+        json.dumps(decision() | {"target": "../../elsewhere"}),
+        json.dumps(decision() | {"regime": "all"}),
         json.dumps(good[1] | {"status": "fine"}),
         json.dumps({name: value for name, value in decision().items() if name != "provenance"}),
     ]
@@ -117,7 +120,7 @@ def test_what_cannot_be_read_is_named_and_passed_over(tmp_path: pathlib.Path) ->
     path.write_text("\n".join([json.dumps(good[0]), *bad, "", json.dumps(good[1])]) + "\n" + json.dumps(good[0])[:70])
     found = records.read(path)
     assert found.lines == good
-    assert [number for number, _ in found.damaged] == [*range(2, 14), 16]
+    assert [number for number, _ in found.damaged] == [*range(2, 17), 19]
     assert found.damaged[-1][1] == "it is truncated"
     assert all(reason for _, reason in found.damaged)
     assert records.read(tmp_path / "none.jsonl") == ([], [])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..choices import REGIMES
 from ..config import MoEConfig
 from ..display import as_json_text, brief
 from ..errors import ConfigError
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ..records import Line
     from ..target import Target
     from .session import Watch
-
-REGIMES = ("few", "some", "many")
 
 
 def _regimes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
