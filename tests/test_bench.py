@@ -309,6 +309,21 @@ def test_scaled_presets_say_so(monkeypatch: pytest.MonkeyPatch, small_probe: Non
     assert "scaled" in "\n".join(printing.point_lines(run["points"][0], run))
 
 
+def test_few_bits(small_probe: None, built: Build) -> None:
+    """Contenders that keep whole weights are held to those, and have more bytes to read; what rounding changes stands beside."""
+    artifact = built(**TINY, weight_dtype="int4", weight_group=32)
+    found = bench.bench([Subject("few", artifact.config, artifact=artifact)], Request((5,), (1,), against="numpy", effort=QUICK))
+    (point,) = found["runs"][0]["points"]
+    by_name = standings(point)
+    assert {entry["status"] for entry in by_name.values()} == {"correct"}
+    assert max(entry["relative_l2"] for entry in by_name.values()) < 1e-5
+    assert 0.02 < point["rounding_relative_l2"] < 0.5
+    assert by_name["moegen"]["bytes_per_s"] * by_name["moegen"]["seconds"]["median"] == pytest.approx(point["weight_bytes_read"])
+    whole = by_name["numpy-grouped"]["bytes_per_s"] * by_name["numpy-grouped"]["seconds"]["median"]
+    assert 3 < whole / point["weight_bytes_read"] < 8
+    assert "int4" in "\n".join(printing.point_lines(point, found["runs"][0]))
+
+
 def test_layers_of_the_users_own_are_not_scaled(tiny: Subject) -> None:
     with pytest.raises(MeasureError, match=r"^tiny needs 99\.3 kB for 2 copies of its weights, 1\.0 kB may be used: "):
         bench.bench([tiny], Request((1,), (1,), against="none", memory_bytes=1000))
