@@ -88,6 +88,9 @@ def test_the_search_finds_what_is_good() -> None:
                     candidate, None if candidate["unroll"] == 4 and candidate["burst"] == 2 else _cost(candidate) / _cost(default)
                 )
         assert min(map(_cost, picked)) <= 1.03 * best
+        finalists = search.best(3)
+        assert all(candidate in picked for candidate in finalists)
+        assert min(map(_cost, finalists)) <= 1.03 * best
         again = Search(candidates, default, seed)
         assert again.next(5) == picked[:5]
 
