@@ -330,6 +330,7 @@ class FakeStand:
     """Candidates' times by a formula; what is asked for is counted."""
 
     config, target, threads, seed, effort = CONFIG, TARGET, 1, 0, Effort()
+    processor = plan.provenance().processor
 
     def __init__(self, factor: Callable[[Mapping[str, int]], float], fails: Mapping[int, CandidateError] | None = None) -> None:
         self.factor, self.fails, self.workshop = factor, fails or {}, Workshop()

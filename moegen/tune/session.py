@@ -97,7 +97,13 @@ def tune(asked: Request, watch: Watch | None = None, places: Sequence[Place] = (
         seen.stage("drawing weights and building the default")
         with open_stand(asked.config, asked.target, threads, asked.seed, asked.effort, places) as stand:
             return [
-                _Regime(asked, Scribe(asked.config, asked.target, regime, threads, asked.seed), stand, journal, seen).decide()
+                _Regime(
+                    asked,
+                    Scribe(asked.config, asked.target, regime, threads, asked.seed, stand.processor),
+                    stand,
+                    journal,
+                    seen,
+                ).decide()
                 for regime, journal in zip(asked.regimes, journals, strict=True)
             ]
     finally:
