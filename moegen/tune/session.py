@@ -245,6 +245,8 @@ def judged(points: Sequence[Measured], own: Sequence[int], null_band: Sequence[f
         worst = max(slower, key=lambda point: ratio([point]).value)
         percent = 100 * (ratio([worst]).value - 1)
         return False, f"it is {percent:.1f} % slower than the default at {worst.tokens} tokens, {worst.routing} routing"
+    if whole.value >= 1:
+        return False, "it is not faster than the default"
     if whole.high >= 1 or whole.value >= min(1.0, null_band[0]):
         return False, f"its gain of {100 * (1 - whole.value):.1f} % is within the noise"
     return True, f"{100 * (1 - whole.value):.1f} % less time than the default"
