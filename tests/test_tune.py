@@ -88,6 +88,9 @@ def test_the_search_finds_what_is_good() -> None:
                     candidate, None if candidate["unroll"] == 4 and candidate["burst"] == 2 else _cost(candidate) / _cost(default)
                 )
         assert min(map(_cost, picked)) <= 1.03 * best
+        finalists = search.best(3)
+        assert all(candidate in picked for candidate in finalists)
+        assert min(map(_cost, finalists)) <= 1.03 * best
         again = Search(candidates, default, seed)
         assert again.next(5) == picked[:5]
 
@@ -127,7 +130,8 @@ def test_a_winner_is_faster_beyond_the_noise_and_slower_nowhere() -> None:
         "slower than the default at 8 tokens, uniform routing"
     )
     assert "within the noise" in judged([_measured(1, 0.97)], [1], [0.95, 1.05])[1]
-    assert "within the noise" in judged([_measured(1, 0.99, noise=0.3)], [1], [1.0, 1.0])[1]
+    assert judged([_measured(1, 1.02)], [1], [0.95, 1.05])[1] == "it is not faster than the default"
+    assert "within the noise" in judged([_measured(1, 0.9, noise=0.3)], [1], [1.0, 1.0])[1]
 
 
 # ---------------------------------------------------------------- processes
@@ -236,7 +240,7 @@ def test_measuring(default: pathlib.Path, folders: list[str], tmp_path: pathlib.
         ("abort()", "runtime", "crashed with SIGABRT"),
         ("kill(getpid(), 9)", "runtime", "crashed with SIGKILL"),
         ("exit(7)", "runtime", "exit code 7"),
-        ("for (;;) sleep(1)", "timeout", "did not end within 2 s"),
+        ("for (;;) sleep(1)", "timeout", "did not end within 1 s"),
         ("(void)0", "wrong", "relative L2 error of inf at 2 tokens, uniform routing"),
     ],
     ids=["abort", "kill", "exit", "hang", "wrong"],
@@ -247,7 +251,7 @@ def test_a_bad_candidate_costs_one_trial(
     made = candidate(body)
     with pytest.raises(CandidateError, match=what) as failed:
         points_of(
-            Here(tmp_path, limit_seconds=2 if status == "timeout" else 60).measure(_job(default, made, folders)),
+            Here(tmp_path, limit_seconds=1 if status == "timeout" else 60).measure(_job(default, made, folders)),
             CONFIG,
         )
     assert failed.value.status == status
@@ -327,6 +331,7 @@ class FakeStand:
     """Candidates' times by a formula; what is asked for is counted."""
 
     config, target, threads, seed, effort = CONFIG, TARGET, 1, 0, Effort()
+    processor = plan.provenance().processor
 
     def __init__(self, factor: Callable[[Mapping[str, int]], float], fails: Mapping[int, CandidateError] | None = None) -> None:
         self.factor, self.fails, self.workshop = factor, fails or {}, Workshop()
@@ -446,7 +451,9 @@ def test_other_schedules_begin_anew(standing: Any, tmp_path: pathlib.Path, monke
     assert len(found.tunings[0].trials) == 4
 
 
-def test_exhaustive(standing: Any, tmp_path: pathlib.Path) -> None:
+def test_exhaustive(standing: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = choices.space
+    monkeypatch.setattr(choices, "space", lambda *given: {name: values[-2:] for name, values in real(*given).items()})
     stand = FakeStand(lambda candidate: 1.0 + candidate["tile_rows"] / 100)
     standing(stand)
     (decided,) = tune(_request(tmp_path, regimes=("many",), exhaustive=True))
@@ -486,7 +493,7 @@ def test_verdicts(standing: Any, tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(plan, "own_sources", lambda: "other")
     (said,) = verdicts.settle(CONFIG, TARGET, tmp_path)
     assert "(from another processor and other schedules) is not used" in said
-    assert "slower than the default" in said or "within the noise" in said
+    assert "slower than the default" in said or "not faster" in said
     assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).tuning == {}
 
 
@@ -552,7 +559,7 @@ def test_interrupted_and_resumed(standing: Any, tmp_path: pathlib.Path) -> None:
     """The real command: Ctrl-C in the middle leaves whole lines and no processes, and the same command goes on."""
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "moegen", "tune", *sizes, "--regime", "few", "--threads", "1", "--logs", str(tmp_path)]
-    command += ["--trials", "4", "--rounds", "3", *(["--mcpu", MCPU] if MCPU else [])]
+    command += ["--trials", "3", "--rounds", "3", *(["--mcpu", MCPU] if MCPU else [])]
     file = records.file_of(tmp_path, TARGET.slug, records.layer_of(CONFIG), "few")
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     try:
@@ -571,14 +578,14 @@ def test_interrupted_and_resumed(standing: Any, tmp_path: pathlib.Path) -> None:
         _gone(child)
     before = _lines(tmp_path)
     count = sum(each["kind"] == "trial" for each in before)
-    assert 1 <= count < 4
+    assert 1 <= count < 3
     with Journal(file):
         refused = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "is being written by another run" in refused.stderr
     standing(FakeStand(_leads))
-    tune(_request(tmp_path, trials=4))
+    tune(_request(tmp_path, trials=3))
     after = _lines(tmp_path)
     assert after[: len(before)] == before
-    assert [each["kind"] for each in after[len(before) :]] == [*["trial"] * (4 - count), "decision"]
+    assert [each["kind"] for each in after[len(before) :]] == [*["trial"] * (3 - count), "decision"]
     assert {each["status"] for each in after if each["kind"] == "trial"} == {"correct"}

@@ -122,7 +122,7 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
             raise
     if options["as_json"]:
         click.echo(as_json_text([session.summary(line) for line in decisions]))
-    elif any(line["better"] for line in decisions):
+    elif any(line["better"] for line in decisions) and not places:
         click.echo("`moegen build` with the same layer uses what is faster from now on")
 
 

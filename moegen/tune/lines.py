@@ -30,6 +30,7 @@ class Scribe:
         regime: one of `choices.REGIMES`.
         threads: of the measured layers.
         seed: of the search and of the workload.
+        processor: that measured, which may be another machine's.
     """
 
     config: MoEConfig
@@ -37,6 +38,7 @@ class Scribe:
     regime: str
     threads: int
     seed: int
+    processor: str
 
     def trial(
         self, number: int, knobs: Mapping[str, int], outcome: Sequence[Measured] | CandidateError, seconds: float, usual: float
@@ -104,7 +106,7 @@ class Scribe:
             "regime": self.regime,
             "layer": records.layer_of(self.config),
             "target": self.target.slug,
-            "provenance": dataclasses.asdict(provenance()),
+            "provenance": dataclasses.asdict(provenance()) | {"processor": self.processor},
             "versions": versions(),
             "threads": self.threads,
             "memory_bytes": machine.memory_bytes,

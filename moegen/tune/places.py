@@ -85,6 +85,7 @@ class Places:
             self._free.put(place)
         self._lock = threading.Lock()
         self.count = len(places)
+        self.are_here = all(isinstance(place, Here) for place in places)
 
     def measure(self, job: Job) -> dict[str, Any]:
         """As `Place.measure`, at the first place that is free.

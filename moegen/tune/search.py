@@ -21,8 +21,8 @@ FIRST = 16  # candidates before the model is asked
 BATCH = 8
 _EXPLORED = 2  # random ones in a batch
 _FAILED_RATIO = 2.0  # what the model is told of a candidate that failed
-_MODEL = {"max_depth": 4, "eta": 0.15, "subsample": 0.9, "nthread": 1, "seed": 0}
-_BOOSTING_ROUNDS = 120
+_MODEL = {"max_depth": 3, "eta": 0.1, "subsample": 0.8, "lambda": 3.0, "nthread": 1, "seed": 0}
+_BOOSTING_ROUNDS = 80
 _LOG_FROM = 4.0  # values of a knob that grow by so much in all are compared by their logarithms
 
 
@@ -42,8 +42,9 @@ class Search:
         self._rng = np.random.default_rng([seed, len(self.candidates)])
         self._order = [int(i) for i in self._rng.permutation(len(self.candidates))]
         self.ratios: dict[int, float] = {}
-        if (same := self._index.get(_key(default))) is not None:
-            self.ratios[same] = 1.0
+        self._default = self._index.get(_key(default))
+        if self._default is not None:
+            self.ratios[self._default] = 1.0
 
     def learn(self, candidate: Mapping[str, int], ratio: float | None) -> None:
         """What was measured, relative to the default; None for a candidate that failed. Others than the list's are ignored."""
@@ -60,6 +61,16 @@ class Search:
         best = sorted(left, key=lambda index: (predicted[index], index))[: max(0, count - _EXPLORED)]
         others = [index for index in left if index not in best][: count - len(best)]
         return [self.candidates[index] for index in (*best, *others)]
+
+    def best(self, count: int) -> list[Mapping[str, int]]:
+        """Up to `count` measured candidates that are faster than the default by the model, the fastest first.
+
+        The model has seen a knob's value in many candidates: what it says of one is less a matter of luck than its own times.
+        """
+        enough = len(self.ratios) >= FIRST
+        logs = self._predicted() if enough else {index: math.log(ratio) for index, ratio in self.ratios.items()}
+        measured = sorted(self.ratios.keys() - {self._default}, key=lambda index: (float(logs[index]), index))
+        return [self.candidates[index] for index in measured if logs[index] < 0 and self.ratios[index] < _FAILED_RATIO][:count]
 
     def _predicted(self) -> npt.NDArray[np.float64]:
         """Expected logarithm of each candidate's ratio."""

@@ -97,7 +97,13 @@ def tune(asked: Request, watch: Watch | None = None, places: Sequence[Place] = (
         seen.stage("drawing weights and building the default")
         with open_stand(asked.config, asked.target, threads, asked.seed, asked.effort, places) as stand:
             return [
-                _Regime(asked, Scribe(asked.config, asked.target, regime, threads, asked.seed), stand, journal, seen).decide()
+                _Regime(
+                    asked,
+                    Scribe(asked.config, asked.target, regime, threads, asked.seed, stand.processor),
+                    stand,
+                    journal,
+                    seen,
+                ).decide()
                 for regime, journal in zip(asked.regimes, journals, strict=True)
             ]
     finally:
@@ -195,8 +201,7 @@ class _Regime:
     def _final(self, null: Line) -> Line:
         statuses = collections.Counter(str(line["status"]) for line in self.trials)
         own = self.stand.tokens([self.name])
-        faster = [line for line in self.trials if line["status"] == "correct" and line["ratio"] < 1]
-        best = self._best_again(sorted(faster, key=lambda line: float(line["band"][1]))[:_FINALISTS])  # by what is sure
+        best = self._best_again(self.search.best(_FINALISTS))
         if best is None:
             return self.scribe.decision(False, "no candidate was faster than the default", {}, [], null, statuses, own)
         knobs, artifact = best
@@ -207,12 +212,12 @@ class _Regime:
         better, reason = judged(points, own, null["band"])
         return self.scribe.decision(better, reason, knobs, points, null, statuses, own)
 
-    def _best_again(self, lines: Sequence[Line]) -> tuple[Mapping[str, int], pathlib.Path] | None:
+    def _best_again(self, candidates: Sequence[Mapping[str, int]]) -> tuple[Mapping[str, int], pathlib.Path] | None:
         """The best of some candidates by a measurement of its own, which the decision does not use."""
-        if not lines:
+        if not candidates:
             return None
         found: list[tuple[float, int, pathlib.Path]] = []
-        built = self.stand.build(self.name, [line["knobs"] for line in lines])
+        built = self.stand.build(self.name, candidates)
         for index, artifact in enumerate(built):
             try:
                 if isinstance(artifact, CandidateError):
@@ -223,7 +228,7 @@ class _Regime:
         if not found:
             return None
         _, index, artifact = min(found)
-        return lines[index]["knobs"], artifact
+        return candidates[index], artifact
 
 
 def judged(points: Sequence[Measured], own: Sequence[int], null_band: Sequence[float]) -> tuple[bool, str]:
@@ -240,6 +245,8 @@ def judged(points: Sequence[Measured], own: Sequence[int], null_band: Sequence[f
         worst = max(slower, key=lambda point: ratio([point]).value)
         percent = 100 * (ratio([worst]).value - 1)
         return False, f"it is {percent:.1f} % slower than the default at {worst.tokens} tokens, {worst.routing} routing"
+    if whole.value >= 1:
+        return False, "it is not faster than the default"
     if whole.high >= 1 or whole.value >= min(1.0, null_band[0]):
         return False, f"its gain of {100 * (1 - whole.value):.1f} % is within the noise"
     return True, f"{100 * (1 - whole.value):.1f} % less time than the default"

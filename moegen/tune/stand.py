@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .. import choices
 from ..artifact import open_artifact
@@ -14,7 +16,7 @@ from ..bench import workload
 from ..config import MoEConfig
 from ..display import size
 from ..errors import BuildError, CandidateError, MeasureError, TargetError
-from ..machine import available_bytes, this_machine
+from ..machine import available_bytes, processor, this_machine
 from ..presets import weight_bytes
 from ..target import Target, host_arch, missing_features
 from .building import Candidate, Workshop
@@ -78,6 +80,20 @@ class Stand:
             raise BuildError(f"the default cannot be built: {built}")
         return built
 
+    @functools.cached_property
+    def processor(self) -> str:
+        """The processor that measures; other machines say which theirs is.
+
+        Raises:
+            MeasureError: there is no place left to measure at, or the default cannot be measured there.
+        """
+        if self.places.are_here:
+            return processor()
+        regime = choices.REGIMES[0]
+        self.prepare([regime])
+        asked = self._job(self.copy_of_default(), [regime]) | {"rounds": 1}
+        return str(self.places.measure(asked)["machine"]["processor"])
+
     def copy_of_default(self) -> pathlib.Path:
         """The default once more, under another name, so that it is loaded beside itself."""
         copy = self.default.parent / "copy" / self.default.name
@@ -111,7 +127,17 @@ class Stand:
             MeasureError: there is no place left to measure at.
         """
         self.prepare(regimes)
-        job = {
+        job = self._job(artifact, regimes)
+        found = merged([points_of(self.places.measure(job), self.config) for _ in range(processes)])
+        for _ in range(self.effort.repeats):
+            known = ratio(found)
+            if known.high - known.low <= self.effort.band:
+                break
+            found = merged([found, points_of(self.places.measure(job), self.config)])
+        return found
+
+    def _job(self, artifact: pathlib.Path, regimes: Sequence[str]) -> dict[str, Any]:
+        return {
             "artifacts": [str(self.default), str(artifact)],
             "workload": [str(folder) for folder in self.folders],
             "tokens": self.tokens(regimes),
@@ -120,13 +146,6 @@ class Stand:
             "min_ms": self.effort.min_ms,
             "copies": self.copies,
         }
-        found = merged([points_of(self.places.measure(job), self.config) for _ in range(processes)])
-        for _ in range(self.effort.repeats):
-            known = ratio(found)
-            if known.high - known.low <= self.effort.band:
-                break
-            found = merged([found, points_of(self.places.measure(job), self.config)])
-        return found
 
     def measure_each(
         self, artifacts: Sequence[pathlib.Path | CandidateError], regime: str
