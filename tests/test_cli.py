@@ -213,6 +213,7 @@ def test_build_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "verify": False,
         "force": True,
         "jobs": 3,
+        "tuning": True,
     }
 
 
