@@ -212,6 +212,7 @@ def test_build_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "arch": None,
         "verify": False,
         "force": True,
+        "tuning": True,
         "jobs": 3,
         "tuning": True,
     }
