@@ -166,8 +166,13 @@ class Product:
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """Shape of the packed scales, and of what else there is for each group of each column."""
+        """Shape of the packed scales, and of the zero points."""
         return (self.count, self.panels, self.groups, VECTORS, self.lanes)
+
+    @property
+    def offset_shape(self) -> tuple[int, ...]:
+        """Shape of what the offset of rows of bytes adds to the sums, block by block."""
+        return (self.count, self.panels, self.k_blocks, VECTORS, self.lanes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +304,7 @@ class Geometry:
         if c.weight_zero_point:
             found.append((f"{name}_zero", "int8", product.scale_shape))
         if product.pair == BYTES:
-            found.append((f"{name}_offset", "int32", product.scale_shape))
+            found.append((f"{name}_offset", "int32", product.offset_shape))
         return found
 
     @property

@@ -49,7 +49,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         "expert_bias": True,
     },
     "mxfp4-float32": {"weight_dtype": "mxfp4", "activation": "gelu"},
-    "bytes": {"dtype": "bfloat16", "weight_dtype": "int8", "activation_dtype": "int8", "shared_intermediate": 24, "hidden": 1100},
+    "bytes": {"dtype": "bfloat16", "weight_dtype": "int8", "activation_dtype": "int8", "shared_intermediate": 24, "hidden": 2100},
     "bytes-groups-float32": {
         "weight_dtype": "int8",
         "weight_group": 32,
