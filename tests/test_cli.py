@@ -214,7 +214,6 @@ def test_build_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "force": True,
         "tuning": True,
         "jobs": 3,
-        "tuning": True,
     }
 
 
