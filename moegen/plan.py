@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -161,13 +162,17 @@ def own_sources() -> str:
         top, _, rest = pattern.partition("/")
         for path in sorted(package_folder(top).glob(rest)):
             if path.is_file():
-                digest.update(path.name.encode() + b"\0" + (_code(path) if path.suffix == ".py" else path.read_bytes()))
+                now = path.stat()
+                digest.update(path.name.encode() + b"\0" + _code(path, now.st_mtime_ns, now.st_size))
     return digest.hexdigest()
 
 
-def _code(path: pathlib.Path) -> bytes:
-    """A Python file without docstrings, comments and empty lines; the same text whatever Python reads it."""
+@functools.cache
+def _code(path: pathlib.Path, mtime_ns: int, size: int) -> bytes:
+    """Python without docstrings, comments and empty lines, the same text whatever Python reads it; other files as they are."""
     source = path.read_bytes()
+    if path.suffix != ".py":
+        return source
     lines = source.decode().splitlines()
     for token in tokenize.tokenize(io.BytesIO(source).readline):
         if token.type == tokenize.COMMENT:
