@@ -46,10 +46,10 @@ def compile_all(
         BuildError: the C++ compiler fails.
         ScheduleError: knobs are illegal.
     """
-    groups: dict[str, dict[str, Any]] = {}
-    for name, function in functions.items():
-        groups.setdefault(llvm.object_of(name), {})[name] = function
     keep = known is not None and not todo.edited  # of an edited module, nothing else says what its functions are
+    groups: dict[str, dict[str, Any]] = {}
+    for name, function in functions.items():  # all in one where none will be taken again: each object costs a tenth of a build
+        groups.setdefault(llvm.object_of(name) if keep else "stages", {})[name] = function
     host = _write_host(todo, list(functions), work)
     host_known = known / f"host-{_digest(host)}.o" if keep and known else None
     driver = None if host_known and _taken(host_known, work / "host.o") else _start_host(todo, work)

@@ -66,9 +66,8 @@ def _config(name: str) -> moegen.MoEConfig:
 
 
 @pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, moegen.Module]:
+def modules(store: pathlib.Path) -> dict[str, moegen.Module]:
     """The layers that were asked for so far."""
-    store = tmp_path_factory.mktemp("low-bit")
 
     class Built(dict[str, moegen.Module]):
         def __missing__(self, name: str) -> moegen.Module:
