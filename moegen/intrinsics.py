@@ -6,6 +6,7 @@ Each is a definition, which TVM compares with the loops of a kernel, and an impl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -22,7 +23,7 @@ def register() -> None:
         if stored == "bytes":
             pair = _bytes(), _bytes_call(function)
         elif stored in ("int4", "mxfp4"):
-            pair = (_int4() if stored == "int4" else _mxfp4()), _nibbles_call(function)
+            pair = _nibbles(_int4 if stored == "int4" else _doubled_e2m1), _nibbles_call(function)
         else:
             pair = _pairs(stored), _pairs_call(stored, function)
         TensorIntrin.register(name, *pair, override=True)
@@ -76,6 +77,11 @@ def _code(word: Any, pair: Any) -> Any:
     return ((word >> (pair * 4).astype("uint16")) & tirx.const(15, "uint16")).astype("int32")
 
 
+def _int4(word: Any, pair: Any) -> Any:
+    """As the emitted module's `int4` says it."""
+    return _code(word, pair) - 8
+
+
 def _doubled_e2m1(word: Any, pair: Any) -> Any:
     """As the emitted module's `mxfp4` says it."""
     code = _code(word, pair)
@@ -84,7 +90,9 @@ def _doubled_e2m1(word: Any, pair: Any) -> Any:
     return tirx.Select(code > 7, 0 - size, size)
 
 
-def _int4() -> Any:
+def _nibbles(value: Callable[[Any, Any], Any]) -> Any:
+    """Eight terms whose codes lie in one vector; `value` says what the code of a word and a pair stands for."""
+
     @T.prim_func(s_tir=True)
     def definition(
         rows: T.Buffer((8,), "bfloat16", offset_factor=1),
@@ -97,25 +105,7 @@ def _int4() -> Any:
             for pair, lane, term in T.grid(4, 16, 2):
                 with T.sblock("update"):
                     v, i, p = T.axis.remap("SRR", [lane, pair, term])
-                    sums[v] = sums[v] + T.cast(rows[i * 2 + p], "float32") * T.cast(_code(weights[v, p], i) - 8, "float32")
-
-    return definition
-
-
-def _mxfp4() -> Any:
-    @T.prim_func(s_tir=True)
-    def definition(
-        rows: T.Buffer((8,), "bfloat16", offset_factor=1),
-        weights: T.Buffer((16, 2), "uint16", offset_factor=1),
-        sums: T.Buffer((16,), "float32", scope="local", offset_factor=1),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(sums[0:16], rows[0:8], weights[0:16, 0:2])
-            T.writes(sums[0:16])
-            for pair, lane, term in T.grid(4, 16, 2):
-                with T.sblock("update"):
-                    v, i, p = T.axis.remap("SRR", [lane, pair, term])
-                    sums[v] = sums[v] + T.cast(rows[i * 2 + p], "float32") * T.cast(_doubled_e2m1(weights[v, p], i), "float32")
+                    sums[v] = sums[v] + T.cast(rows[i * 2 + p], "float32") * T.cast(value(weights[v, p], i), "float32")
 
     return definition
 
