@@ -28,6 +28,7 @@ from ..weights import resolve
 PACKED = "packed.bin"
 _ASLEEP_SECONDS = 1e-3  # the threads of the other layer's pool wait busily for a part of that
 _TRIES = 4
+_SLICE_SECONDS = 10e-3  # of a scheduler: a call that takes longer is disturbed sooner or later, however often it is repeated
 
 Array = npt.NDArray[Any]
 
@@ -93,7 +94,8 @@ class Point:
     def _turn(self, which: int, first: int, calls: int) -> float:
         """So many calls from batch `first` on, the same for both layers, after one that wakes the threads.
 
-        Calls during which the system took a processor away do not count, where others are left; a turn without any is repeated.
+        Calls during which the system took a processor away do not count, where others are left; a turn of short calls without any
+        is repeated.
         """
         whole: list[float] = []
         for _ in range(_TRIES):
@@ -103,6 +105,8 @@ class Point:
             if undisturbed := [seconds for seconds, disturbed in timed if not disturbed]:
                 return float(np.median(undisturbed))
             whole.append(float(np.median([seconds for seconds, _ in timed])))
+            if whole[-1] > _SLICE_SECONDS:
+                break
         return min(whole)
 
     def _call(self, which: int, number: int) -> tuple[float, bool]:
