@@ -22,8 +22,8 @@ def register() -> None:
         function = machine.DOT_FUNCTIONS[stored]
         if stored == "bytes":
             pair = _bytes(), _bytes_call(function)
-        elif stored in ("int4", "mxfp4"):
-            pair = _nibbles(_int4 if stored == "int4" else _doubled_e2m1), _nibbles_call(function)
+        elif stored in machine.NIBBLES:
+            pair = _nibbles(_int4 if stored.startswith("int4") else _doubled_e2m1), _nibbles_call(function)
         else:
             pair = _pairs(stored), _pairs_call(stored, function)
         TensorIntrin.register(name, *pair, override=True)

@@ -108,7 +108,9 @@ def apply(sch: Any, name: str, geometry: Geometry, knobs: Knobs) -> list[Rewrite
         finish_tile(sch, sch.get_loops(activated)[-len(inner) :])
     stores: Rewrite = ScatterAdd(own.columns) if stage.endswith("down") else StoreFrom(own.panels)
     bursts = _bursts(own, chosen)
-    nest = tile(sch, name, own, panel, product.Knobs(chosen.k_unroll), bursts)
+    # Few rows are one row block: LLVM would decode a short group once for all blocks and keep it on the stack.
+    own_block = block if own.group and _rows(name) <= FEW_ROWS else None
+    nest = tile(sch, name, own, panel, product.Knobs(chosen.k_unroll), bursts, own_block)
     if own.lines_per_chunk == 0:
         return [stores]
     sch.annotate(nest.q, "pragma_import_llvm", machine.PREFETCH_IR)

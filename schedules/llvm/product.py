@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from moegen.errors import ScheduleError
-from moegen.geometry import BYTES, Geometry, Product
+from moegen.geometry import BYTES, VECTORS, Geometry, Product
 from moegen.target import Target
 
 from . import machine
+
+FEW_SUMS = 8  # two pipes finish a vdpbf16ps after six cycles: so few sums keep them waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,25 +48,28 @@ def check(geometry: Geometry, target: Target, knobs: Knobs) -> None:
         raise ScheduleError(f"k_unroll={knobs.k_unroll} must be 1, 2 or 4")
 
 
-def tile(sch: Any, name: str, product: Product, outer: Any, knobs: Knobs, chunk_parts: int = 1) -> Nest:
+def tile(sch: Any, name: str, product: Product, outer: Any, knobs: Knobs, chunk_parts: int = 1, own_block: Any = None) -> Nest:
     """Schedules `partial` and `total` of function `name` under loop `outer`: blocks of the dot product, row blocks, the tile.
 
     A block of weights is so used by all row blocks while it is in the cache; the sums wait in a buffer meanwhile.
 
     Args:
         chunk_parts: into how many iterations of the nest's last loop a chunk is divided.
+        own_block: the loop over row blocks under `outer`, where each goes through the whole dot product with its sums in registers.
     """
     partial, total = sch.get_sblock("partial", name), sch.get_sblock("total", name)
-    sch.compute_at(total, outer, preserve_unit_loops=True)
+    sch.compute_at(total, outer if own_block is None else own_block, preserve_unit_loops=True)
     block, panel, rows, vectors, lanes, q = sch.get_loops(total)[-6:]
     sch.reorder(q, block, panel, rows, vectors, lanes)
+    if own_block is not None:
+        sch.set_scope(total, 0, "local")
     sch.compute_at(partial, block, preserve_unit_loops=True)
     chunk = _tile(sch, partial, product, knobs, chunk_parts)
     for loop in (rows, vectors):
         sch.unroll(loop)
     sch.vectorize(lanes)
     sch.decompose_reduction(total, q)
-    return Nest(q, block, chunk)
+    return Nest(q, block if own_block is None else own_block, chunk)
 
 
 def _tile(sch: Any, partial: Any, product: Product, knobs: Knobs, chunk_parts: int) -> Any:
@@ -84,6 +89,8 @@ def _tile(sch: Any, partial: Any, product: Product, knobs: Knobs, chunk_parts: i
     for loop in (rows, vectors):
         sch.unroll(loop)
     dot = _dot(product)
+    if words and VECTORS * int(sch.get(rows).extent) <= FEW_SUMS:
+        dot = f"{dot}{machine.APART}"
     if dot is None:
         for loop in inner[1:]:
             sch.unroll(loop)
