@@ -114,7 +114,7 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
     Raises:
         ScheduleError: knobs are illegal.
     """
-    intrinsics.register()
+    intrinsics.register(geometry)
     sch = tvm.s_tir.Schedule(tvm.IRModule(dict(functions)))
     wishes = {}
     for name in functions:

@@ -6,6 +6,7 @@ Each is a definition, which TVM compares with the loops of a kernel, and an impl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,20 +14,29 @@ from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from .geometry import BYTES, Geometry
 from .schedules.llvm import machine
 
 
-def register() -> None:
-    """Makes the instructions known to TVM's `tensorize`."""
-    for stored, name in machine.DOTS.items():
-        function = machine.DOT_FUNCTIONS[stored]
-        if stored == "bytes":
-            pair = _bytes(), _bytes_call(function)
-        elif stored in machine.NIBBLES:
-            pair = _nibbles(_int4 if stored.startswith("int4") else _doubled_e2m1), _nibbles_call(function)
-        else:
-            pair = _pairs(stored), _pairs_call(stored, function)
-        TensorIntrin.register(name, *pair, override=True)
+def register(geometry: Geometry) -> None:
+    """Makes the instructions that the products of a layer may use known to TVM's `tensorize`."""
+    for product in (geometry.router, geometry.up):  # all products of experts are stored alike
+        used = "bytes" if product.pair == BYTES else product.weight_dtype
+        for stored in machine.DOTS if product.pair > 1 else ():
+            if stored.removesuffix(machine.APART) == used:
+                _register(stored)
+
+
+@functools.cache
+def _register(stored: str) -> None:
+    function = machine.DOT_FUNCTIONS[stored]
+    if stored == "bytes":
+        pair = _bytes(), _bytes_call(function)
+    elif stored in machine.NIBBLES:
+        pair = _nibbles(_int4 if stored.startswith("int4") else _doubled_e2m1), _nibbles_call(function)
+    else:
+        pair = _pairs(stored), _pairs_call(stored, function)
+    TensorIntrin.register(machine.DOTS[stored], *pair, override=True)
 
 
 def _pairs(stored: str) -> Any:
