@@ -108,7 +108,8 @@ def layer_of(config: MoEConfig) -> dict[str, Any]:
 def layer_name(layer: Mapping[str, Any]) -> str:
     """A layer's part of a file name, different for different layers."""
     e, k, h, i, dtype, activation = (layer[name] for name in LAYER_FIELDS[:_IN_NAME])
-    name = f"e{e}-k{k}-h{h}-i{i}-{dtype}-{activation}".replace("_", "-")
+    stored = dtype if layer["weight_dtype"] == "same" else f"{dtype}-{layer['weight_dtype']}"
+    name = f"e{e}-k{k}-h{h}-i{i}-{stored}-{activation}".replace("_", "-")
     usual = layer_of(MoEConfig(experts=1, top_k=1, hidden=1))
     if all(layer[field] == usual[field] for field in LAYER_FIELDS[_IN_NAME:]):
         return name

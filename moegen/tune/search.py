@@ -1,6 +1,7 @@
 """The search: which candidates of a space to measure next.
 
-Random candidates first, then batches of those that a regression on what was measured finds best, with some random ones among them.
+Neighbours of the default and random candidates first, then batches of those that a regression on what was measured finds best, with
+some random ones among them.
 
 meta_schedule of TVM does not serve here: it measures single functions of static shapes, and a candidate is a whole layer of
 symbolic ones, whose kernels, host and threads are timed together beside the default; its database is keyed on a graph that changes
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from ..errors import without_compiler
 
 FIRST = 16  # candidates before the model is asked
+NEAR = 8  # of them, those that differ from the default in one knob: it is good on most layers, so that the best is seldom far away
 BATCH = 8
 _EXPLORED = 2  # random ones in a batch
 _FAILED_RATIO = 2.0  # what the model is told of a candidate that failed
@@ -40,7 +42,9 @@ class Search:
         self._index = {_key(candidate): index for index, candidate in enumerate(self.candidates)}
         self._features = _features([*self.candidates, default])
         self._rng = np.random.default_rng([seed, len(self.candidates)])
-        self._order = [int(i) for i in self._rng.permutation(len(self.candidates))]
+        order = [int(i) for i in self._rng.permutation(len(self.candidates))]
+        near = [i for i in order if _differences(self.candidates[i], default) == 1][:NEAR]
+        self._order = near + [i for i in order if i not in near]
         self.ratios: dict[int, float] = {}
         self._default = self._index.get(_key(default))
         if self._default is not None:
@@ -87,6 +91,10 @@ class Search:
 
 def _key(candidate: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(candidate.items()))
+
+
+def _differences(one: Mapping[str, int], other: Mapping[str, int]) -> int:
+    return sum(one[name] != other[name] for name in other)
 
 
 def _features(candidates: Sequence[Mapping[str, int]]) -> npt.NDArray[np.float64]:

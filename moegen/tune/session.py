@@ -169,7 +169,7 @@ class _Regime:
 
     def _try_default(self) -> list[Measured]:
         try:
-            return self.stand.measure(self.stand.copy_of_default(), [self.name], processes=2)
+            return self.stand.measure(self.stand.copy_of_default(), [self.name], self.asked.effort.processes)
         except CandidateError as failure:
             raise MeasureError(f"the default itself cannot be measured ({failure.status}): {failure}") from failure
 

@@ -84,29 +84,29 @@ class Point:
 
     def samples(self, rounds: int, min_seconds: float) -> list[list[float]]:
         """[default, candidate], each with the median time of a call in each round; who begins changes from round to round."""
-        calls = max(1, math.ceil(min_seconds / max(self._turn(0, 0, len(self.inputs)), 1e-9)))
+        typical = min(self._call(0, 0)[0], self._call(0, 1)[0])
+        calls, short = max(1, math.ceil(min_seconds / typical)), typical < _SLICE_SECONDS
         found: list[list[float]] = [[], []]
         for number in range(rounds):
             for which in (0, 1) if number % 2 == 0 else (1, 0):
-                found[which].append(self._turn(which, number * calls, calls))
+                found[which].append(self._turn(which, number * calls, calls, short))
         return found
 
-    def _turn(self, which: int, first: int, calls: int) -> float:
-        """So many calls from batch `first` on, the same for both layers, after one that wakes the threads.
+    def _turn(self, which: int, first: int, calls: int, short: bool) -> float:
+        """So many calls from batch `first` on, the same for both layers; short ones come after one that wakes the threads.
 
         Calls during which the system took a processor away do not count, where others are left; a turn of short calls without any
         is repeated.
         """
         whole: list[float] = []
-        for _ in range(_TRIES):
+        for _ in range(_TRIES if short else 1):
             time.sleep(_ASLEEP_SECONDS)
-            self._call(which, first - 1)
+            if short:
+                self._call(which, first - 1)
             timed = [self._call(which, first + number) for number in range(calls)]
             if undisturbed := [seconds for seconds, disturbed in timed if not disturbed]:
                 return float(np.median(undisturbed))
             whole.append(float(np.median([seconds for seconds, _ in timed])))
-            if whole[-1] > _SLICE_SECONDS:
-                break
         return min(whole)
 
     def _call(self, which: int, number: int) -> tuple[float, bool]:
