@@ -120,7 +120,9 @@ def _trial(trial: int, seconds: float | None, status: str = "correct") -> str:
 
 
 def test_page_and_pictures(tmp_path: pathlib.Path, results: dict[str, Any]) -> None:
-    records = _save(tmp_path, "\n".join([_trial(0, 5e-3), _trial(1, None, "rejected"), _trial(2, 2e-3)]) + "\n", "up.jsonl")
+    decided = [json.dumps({"kind": "decision", "reason": reason}) for reason in ("its gain is within noise", "a fifth less time")]
+    lines = [_trial(0, 5e-3), _trial(1, None, "rejected"), _trial(2, 2e-3), *decided]
+    records = _save(tmp_path, "\n".join(lines) + "\n", "up.jsonl")
     page = report.write([_save(tmp_path, results), records], tmp_path / "new" / "folder")
     assert page == tmp_path / "new" / "folder" / "index.html"
     names = [f"{what}-float32-2t.png" for what in ("throughput", "ratio", "roofline", "parts")]
@@ -138,9 +140,10 @@ def test_page_and_pictures(tmp_path: pathlib.Path, results: dict[str, Any]) -> N
         "package rival is not installed",
     ):
         assert said in text
-    for said in ("rival_a", "tokens/s", "made up zipf", "agreed with the float64 reference", "one wide FFN", "2.00"):
+    for said in ("rival_a", "tokens/s", "made up zipf", "agreed with the float64 reference", "one wide FFN", "a fifth less time"):
         assert said in text
     assert "no tuning records" not in text
+    assert "within noise" not in text, "the last decision counts"
 
 
 def test_without_tuning_records_the_page_says_so(tmp_path: pathlib.Path, results: dict[str, Any]) -> None:

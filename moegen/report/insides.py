@@ -120,11 +120,12 @@ def tuning(tunings: Sequence[Tuning]) -> Figure:
     """Best time so far against the trial, beside the time of the default."""
     figure, all_axes = drawing.panels([one.label for one in tunings])
     for axes, one in zip(all_axes, tunings, strict=True):
-        _tuning_panel(axes, one.trials)
+        _tuning_panel(axes, one)
     return figure
 
 
-def _tuning_panel(axes: Axes, trials: Sequence[Json]) -> None:
+def _tuning_panel(axes: Axes, one: Tuning) -> None:
+    trials = one.trials
     good = [(t["trial"], t["seconds"]) for t in trials if t["status"] == "correct" and t["seconds"]]
     default, last = trials[0]["default_seconds"], trials[-1]["trial"]
     factor, unit = time_unit(default)
@@ -137,13 +138,10 @@ def _tuning_panel(axes: Axes, trials: Sequence[Json]) -> None:
     beside: dict[str, Any] = {"within": ("axes fraction", "data"), "ha": "right", "fontsize": 8.5, "boxed": True, "zorder": 4}
     drawing.remark(axes, f"default {default:.3g} {unit}", (1, default), (-2, 4), **beside)
     if good:
-        said = f"best {best:.3g} {unit}: {default / best:.2f}x as fast"
-        drawing.remark(axes, said, (1, best), (-2, -5), va="top", color="#b23a06", **beside)
+        drawing.remark(axes, f"best trial {best:.3g} {unit}", (1, best), (-2, -5), va="top", color="#b23a06", **beside)
     counts = Counter(str(t["status"]) for t in trials)
-    drawing.note(
-        axes,
-        f"{len(trials)} trial{'s' * (len(trials) != 1)}: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())),
-    )
+    tried = f"{len(trials)} trial{'s' * (len(trials) != 1)}: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    drawing.note(axes, f"{tried}. The best, measured again: {one.decided}." if one.decided else f"{tried}.")
 
 
 def _best_so_far(axes: Axes, good: Sequence[tuple[int, float]], last: int) -> float:

@@ -20,7 +20,10 @@ PARTS = (
     "The parts are timed in calls of their own: what is in no part is the way in and out, and by how much calls differ."
 )
 LOAD = "How the routing spreads the largest batches over the experts, busiest first; all batches of that size together."
-TUNING = "A dot is a candidate that ran and was correct; the line is the best so far, the dashed one what is used without tuning."
+TUNING = (
+    "A dot is a candidate that ran and was correct; the line is the best so far, the dashed one what is used without tuning. "
+    "The best of many trials is partly the luckiest: what was decided after measuring again stands under each picture."
+)
 
 
 class Picture(NamedTuple):

@@ -104,10 +104,15 @@ class Bench(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """One file of tuning records, in the order of the trials; times in seconds."""
+    """One file of tuning records, in the order of the trials; times in seconds.
+
+    Args:
+        decided: what came of the trials, in words; empty while they are going on.
+    """
 
     label: str
     trials: Sequence[Mapping[str, Any]]
+    decided: str
 
 
 class Readings(NamedTuple):
@@ -189,7 +194,7 @@ def _check_point(point: Mapping[str, Any], path: pathlib.Path, where: str) -> No
 
 
 def _tuning(path: pathlib.Path, text: str) -> Tuning:
-    trials = []
+    trials, decisions = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -198,7 +203,8 @@ def _tuning(path: pathlib.Path, text: str) -> Tuning:
         except ValueError:
             raise ReportError(f"{path} line {number} is not JSON: remove the line, or write the file again") from None
         if isinstance(trial, dict) and trial.get("kind", "trial") != "trial":
-            continue  # decisions and the like
+            decisions += [trial] if trial["kind"] == "decision" else []
+            continue
         _check(trial, TRIAL, path, f"line {number}")
         if not trial["default_seconds"] > 0:
             _reject(path, f"line {number}.default_seconds", f"is {trial['default_seconds']}, not positive")
@@ -208,7 +214,8 @@ def _tuning(path: pathlib.Path, text: str) -> Tuning:
     if not trials:
         what = "has no trials" if text.strip() else "is empty"
         raise ReportError(f"{path} {what}: give a file that 'moegen bench' or 'moegen tune' wrote")
-    return Tuning(path.stem, sorted(trials, key=lambda trial: int(trial["trial"])))
+    decided = [str(d["reason"]) for d in decisions if d.get("reason") and d.get("provenance") == trials[-1].get("provenance")]
+    return Tuning(path.stem, sorted(trials, key=lambda trial: int(trial["trial"])), decided[-1] if decided else "")
 
 
 def _parse(text: str) -> Any:

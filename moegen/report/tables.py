@@ -112,10 +112,10 @@ def tuning(tunings: Sequence[Tuning]) -> Table | None:
         good = [(t["seconds"], t["trial"]) for t in one.trials if t["status"] == "correct" and t["seconds"]]
         default = one.trials[0]["default_seconds"]
         best, trial = min(good) if good else (None, None)
-        cells = [number(default, 1e3), number(best, 1e3), NOTHING if best is None else number(default / best)]
-        rows.append(Row([one.label, str(len(one.trials)), str(len(good)), *cells, NOTHING if trial is None else str(trial)]))
-    header = ["records", "trials", "correct", "default, ms", "best, ms", "default / best", "found at trial"]
-    return Table(header, rows) if rows else None
+        cells = [number(default, 1e3), number(best, 1e3), NOTHING if trial is None else str(trial)]
+        rows.append(Row([one.label, one.decided or NOTHING, str(len(one.trials)), str(len(good)), *cells]))
+    header = ["records", "the best, measured again", "trials", "correct", "default, ms", "best trial, ms", "found at trial"]
+    return Table(header, rows, words=2) if rows else None
 
 
 def run_text(run: Run) -> RunText:
