@@ -81,7 +81,7 @@ def test_extras_exist() -> None:
 def test_ci_runs_the_test_command() -> None:
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     commands = [part.strip() for part in TESTS.split("&&")][2:]  # without the environment, which is a temporary one there
-    assert commands == ["pip install torch==2.13.0", "pip install -e '.[transformers,dev]'", "pytest -n 2 --dist worksteal"]
+    assert commands == ["pip install torch==2.13.0", "pip install -e '.[transformers,dev]'", "pytest -n 3 --dist worksteal"]
     assert [line for line in lines if line in commands] == commands
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
