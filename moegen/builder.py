@@ -173,7 +173,7 @@ def _manifest(todo: Plan, functions: list[str]) -> dict[str, Any]:
         "tiling": dataclasses.asdict(g.tiling),
         "regimes": [dataclasses.asdict(regime) for regime in todo.regimes],
         "knobs": {stage: dataclasses.asdict(todo.knobs[stage]) for stage in dict.fromkeys(map(llvm.stage_of, functions))},
-        "tuning": dict(todo.tuning),
+        "records": dict(todo.records),
         "segments": g.describe(),
         "packed_bytes": g.packed_bytes,
         "max_tokens": INT32_MAX // c.top_k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -103,10 +104,39 @@ def description(made: Artifact, obstacles: Sequence[str]) -> Iterator[str]:
     yield f"  tiling: {_pairs(manifest['tiling'])}"
     yield from (f"  regime: {_pairs(regime)}" for regime in manifest["regimes"])
     yield from (f"  {stage}: {_pairs(_flat(knobs)) or 'fixed'}" for stage, knobs in manifest["knobs"].items())
-    yield f"  tuned: {_pairs(manifest.get('tuning', {})) or 'no, these are the defaults'}"
+    yield from (_tuned(regime, record) for regime, record in manifest.get("records", {}).items())
+    if not manifest.get("records"):
+        yield "  tuned: no, these are the defaults"
     yield "\nfiles"
     files = [(f"  {name}", file["bytes"], file["sha256"]) for name, file in manifest["files"].items()]
     yield table(("  file", "bytes", "sha256"), files)
+
+
+def _tuned(regime: str, record: Mapping[str, Any]) -> str:
+    """Which tuning record a regime's choices are from, how old it is, and how much less time it was worth."""
+    return f"  tuned: {regime} by record {record['id']}, {age(record['created'])} old, time less: {gains(record['points'])}"
+
+
+def gains(points: Iterable[Mapping[str, Any]]) -> str:
+    """How much less time than the default a tuning record was worth at its points, in percent with the band."""
+    return "; ".join(_gain(point) for point in points) or NOTHING
+
+
+def _gain(point: Mapping[str, Any]) -> str:
+    less, (low, high) = 100 * (1 - point["ratio"]), point["band"]
+    return f"T={point['tokens']} {point['routing']} {less:.1f} % ({100 * (1 - high):.1f} to {100 * (1 - low):.1f})"
+
+
+def age(created: str) -> str:
+    """Time since an ISO 8601 date, in the largest unit of which it is at least one."""
+    try:
+        seconds = (datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(created)).total_seconds()
+    except (ValueError, TypeError):
+        return NOTHING
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def proof_table(made: Artifact, report: Mapping[str, Any]) -> Iterator[str]:

@@ -39,7 +39,8 @@ class Plan:
         knobs: stage -> its knobs.
         regimes: how an expert's rows are cut.
         edited: the module was edited by hand.
-        tuning: regime -> id of the tuning record that its choices come from. What they are is in the other fields.
+        records: regime -> the tuning record that its choices come from, as `records.origin` has it; what they are is in the other
+            fields.
     """
 
     geometry: Geometry
@@ -48,7 +49,7 @@ class Plan:
     knobs: Mapping[str, Any]
     regimes: tuple[Regime, ...]
     edited: bool = False
-    tuning: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    records: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> MoEConfig:
@@ -110,11 +111,11 @@ def plan(
         with contextlib.suppress(ScheduleError):  # knobs that are none of this layer's are no reason not to build it
             overlaid = choices.chosen(choice, regime, decision["knobs"])
             choices.check(config, resolved, overlaid)
-            choice, used[regime] = overlaid, decision["id"]
+            choice, used[regime] = overlaid, records.origin(decision)
     return plan_of(config, resolved, choice, used)
 
 
-def plan_of(config: MoEConfig, target: Target, choice: Choice, tuning: Mapping[str, str] | None = None) -> Plan:
+def plan_of(config: MoEConfig, target: Target, choice: Choice, used: Mapping[str, Mapping[str, Any]] | None = None) -> Plan:
     """What building `config` with this choice would do.
 
     Raises:
@@ -122,7 +123,7 @@ def plan_of(config: MoEConfig, target: Target, choice: Choice, tuning: Mapping[s
     """
     choices.check(config, target, choice)
     geometry = Geometry(config, choice.tiling)
-    return Plan(geometry, target, emission.te_source(geometry, target), choice.knobs, choice.regimes, tuning=tuning or {})
+    return Plan(geometry, target, emission.te_source(geometry, target), choice.knobs, choice.regimes, records=used or {})
 
 
 def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None, arch: str | None = None) -> Plan:

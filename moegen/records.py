@@ -121,6 +121,13 @@ def file_of(folder: pathlib.Path, target: str, layer: Mapping[str, Any], regime:
     return folder / target / f"{layer_name(layer)}-{regime}.jsonl"
 
 
+def origin(decision: Line) -> dict[str, Any]:
+    """What an artifact keeps of a decision: which it is, when it was made, and what it was worth at the points of its regime."""
+    own = [point for point in decision["points"] if point["tokens"] in decision.get("own_tokens", [])]
+    worth = [{name: point[name] for name in ("routing", "tokens", "ratio", "band")} for point in own]
+    return {"id": decision["id"], "created": decision["created"], "points": worth}
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -189,6 +196,8 @@ def fault(line: Any) -> str:
             return "it is better, but has no points"
         if not _is_band(line["null"].get("band")):
             return "null lacks its band"
+        if not isinstance(line.get("own_tokens", []), list):
+            return "own_tokens is not a list"
         return next((reason for point in line["points"] if (reason := _point_fault(point))), "")
     return ""
 

@@ -195,8 +195,8 @@ def test_records_make_a_plan(tmp_path: pathlib.Path, curated: pathlib.Path) -> N
     put(tmp_path, *(decision(f"id-{regime}", regime) for regime in REGIMES))
     tuned = plan.plan(CONFIG, logs=tmp_path)
     assert tuned.key != plain.key
-    assert tuned.tuning == {regime: f"id-{regime}" for regime in REGIMES}
-    assert (plain.tuning, plan.plan(CONFIG, logs=tmp_path, tuned=False).key) == ({}, plain.key)
+    assert {regime: record["id"] for regime, record in tuned.records.items()} == {regime: f"id-{regime}" for regime in REGIMES}
+    assert (plain.records, plan.plan(CONFIG, logs=tmp_path, tuned=False).key) == ({}, plain.key)
     assert tuned.knobs["expert_up"].few.lead_lines == tuned.knobs["shared_up"].few.lead_lines == 32
     assert tuned.knobs["expert_up"].others == plain.knobs["expert_up"].others
     assert tuned.knobs["expert_down"] == plain.knobs["expert_down"]
@@ -211,7 +211,7 @@ def test_a_plan_outlives_bad_records(tmp_path: pathlib.Path, curated: pathlib.Pa
     path = put(tmp_path, decision("many", "many"))
     path.write_text(path.read_text()[:-9])
     again = plan.plan(CONFIG, logs=tmp_path)
-    assert (again.key, again.tuning) == (plain.key, {})
+    assert (again.key, again.records) == (plain.key, {})
 
 
 # ---------------------------------------------------------------- choices

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -157,12 +158,17 @@ def default(tmp_path_factory: pytest.TempPathFactory, known_objects: pathlib.Pat
 def test_a_tuned_artifact(default: pathlib.Path, known_objects: pathlib.Path, tmp_path: pathlib.Path) -> None:
     made = moegen.open_artifact(default)
     assert made.manifest["verified"] == "passed"
-    assert made.manifest["tuning"] == {regime: f"id-{regime}" for regime in choices.REGIMES}
+    assert {regime: record["id"] for regime, record in made.manifest["records"].items()} == {
+        regime: f"id-{regime}" for regime in choices.REGIMES
+    }
     assert made.manifest["knobs"]["expert_up"]["few"]["lead_lines"] == 32
     assert [regime["tile_rows"] for regime in made.manifest["regimes"]][1] == 2
     assert made.manifest["tiling"]["chunk_rows"] == 60
     shown = CliRunner().invoke(cli.main, ["inspect", str(default)]).output
-    assert "tuned: few=id-few, some=id-some, many=id-many" in shown
+    for regime in choices.REGIMES:
+        assert re.search(
+            rf"tuned: {regime} by record id-{regime}, \d+ \w+ old, time less: T=1 uniform 10.0 % \(8.0 to 12.0\)", shown
+        )
     assert "expert_down: few.k_unroll=2, few.lead_lines=64" in shown
 
     before = {path.name for path in known_objects.iterdir()}
@@ -400,7 +406,8 @@ def test_a_run(standing: Any, tmp_path: pathlib.Path) -> None:
     assert len(right["points"][0]["samples"][1]) == 12
     assert {"seed", "threads", "memory_bytes", "versions", "provenance", "created", "trial_seconds", "band"} <= set(right)
     tuned = plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path)
-    assert tuned.tuning == {"few": decided["id"]}
+    assert list(tuned.records) == ["few"]
+    assert tuned.records["few"]["id"] == decided["id"]
     assert tuned.knobs["expert_up"].few.lead_lines == 32
     found = readings.read([records.file_of(tmp_path, TARGET.slug, records.layer_of(CONFIG), "few")])
     assert [trial["trial"] for trial in found.tunings[0].trials] == list(range(20))
@@ -410,7 +417,7 @@ def test_a_gain_that_is_luck_changes_nothing(standing: Any, tmp_path: pathlib.Pa
     standing(FakeStand(lambda candidate: 1.0))
     (decided,) = tune(_request(tmp_path))
     assert not decided["better"]
-    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).tuning == {}
+    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).records == {}
 
 
 def test_a_run_goes_on_where_it_was(standing: Any, tmp_path: pathlib.Path) -> None:
@@ -482,11 +489,11 @@ def test_verdicts(standing: Any, tmp_path: pathlib.Path, monkeypatch: pytest.Mon
 
     standing(FakeStand(_leads))
     far("good", **{"up.lead_lines": 32, "down.lead_lines": 32})
-    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).tuning == {}, "nothing is measured by surprise"
+    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).records == {}, "nothing is measured by surprise"
     assert [text.partition(":")[0] for text in verdicts.settle(CONFIG, TARGET, tmp_path)] == [
         "the tuning record for few rows per expert (from another processor) is used"
     ]
-    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).tuning == {"few": "good"}
+    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).records["few"]["id"] == "good"
     assert list(verdicts.settle(CONFIG, TARGET, tmp_path)) == [], "once is enough"
     far("bad", **{"up.lead_lines": 64, "down.lead_lines": 192})
     assert list(verdicts.settle(CONFIG, TARGET, tmp_path)) == [], "something holds already"
@@ -494,7 +501,7 @@ def test_verdicts(standing: Any, tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     (said,) = verdicts.settle(CONFIG, TARGET, tmp_path)
     assert "(from another processor and other schedules) is not used" in said
     assert "slower than the default" in said or "not faster" in said
-    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).tuning == {}
+    assert plan.plan(CONFIG, mcpu=MCPU, logs=tmp_path).records == {}
 
 
 # ---------------------------------------------------------------- the command

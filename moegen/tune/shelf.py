@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from .. import records
-from ..display import NOTHING, as_json_text, table
+from ..display import age, as_json_text, gains, table
 from ..errors import BuildError, RecordError
 from ..records import Line, Provenance
 from .journal import Journal
@@ -49,9 +48,10 @@ def show(logs: Logs, as_json: bool) -> None:
         )
         return
     whole = [row for row in found if "damaged" not in row]
-    lines = [(row["layer"], row["target"], row["regime"], row["age"], _gains(row), row["standing"], row["where"]) for row in whole]
+    names = ("layer", "target", "regime", "age")
+    lines = [(*(row[name] for name in names), gains(_own(row)), row["standing"], row["where"]) for row in whole]
     if lines:
-        click.echo(table(("layer", "target", "regime", "age", "time less, at T tokens", "standing", "from"), lines))
+        click.echo(table((*names, "time less, at T tokens", "standing", "from"), lines))
     for row in found:
         if "damaged" in row:
             click.echo(f"damaged: {row['file']} line {row['line']}: {row['damaged']}")
@@ -81,12 +81,16 @@ def _row(where: str, path: pathlib.Path, line: Line, how: str) -> dict[str, Any]
         "target": line["target"],
         "regime": line["regime"],
         "created": line["created"],
-        "age": _age(line["created"]),
+        "age": age(line["created"]),
         "knobs": line["knobs"],
         "points": points,
         "own_tokens": line.get("own_tokens", []),
         "standing": how,
     }
+
+
+def _own(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [point for point in row["points"] if point["tokens"] in row["own_tokens"]]
 
 
 def _here() -> Provenance | None:
@@ -109,27 +113,6 @@ def standing(line: Line, lines: Sequence[Line], here: Provenance | None) -> str:
     if verdict is None:
         return f"{origin}: measured when the layer is built"
     return f"{origin}, {'used here' if verdict else 'no better than the default here'}"
-
-
-def _gains(row: Mapping[str, Any]) -> str:
-    own = [point for point in row["points"] if point["tokens"] in row["own_tokens"]]
-    return "; ".join(_gain(point) for point in own) or NOTHING
-
-
-def _gain(point: Mapping[str, Any]) -> str:
-    less, (low, high) = 100 * (1 - point["ratio"]), point["band"]
-    return f"T={point['tokens']} {point['routing']} {less:.1f} % ({100 * (1 - high):.1f} to {100 * (1 - low):.1f})"
-
-
-def _age(created: str) -> str:
-    try:
-        seconds = (datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(created)).total_seconds()
-    except (ValueError, TypeError):
-        return NOTHING
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 # ---------------------------------------------------------------- from machine to machine
