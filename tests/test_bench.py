@@ -201,6 +201,7 @@ def test_slow_contenders_are_left_out_of_larger_points(monkeypatch: pytest.Monke
     assert re.fullmatch(r"left out: a call took 0\.0 s at 1 tokens already", found[1]["contenders"][0]["reason"])
 
 
+@pytest.mark.slow
 def test_compiled_torch(monkeypatch: pytest.MonkeyPatch, small_probe: None, tiny: Subject) -> None:
     pytest.importorskip("torch", reason="the contenders of torch need torch==2.13.0, the CPU build")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

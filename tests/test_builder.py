@@ -421,6 +421,7 @@ def test_names_with_spaces_and_umlauts(small: Plan, tmp_path: pathlib.Path, monk
 # ---------------------------------------------------------------- many
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_build_many(jobs: int, small: Plan, written: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Every outcome comes, errors as outcomes: one builds, one is wrong, one is broken, one is there already."""

@@ -154,6 +154,7 @@ def test_build_says_what_is_already_built(tiny: moegen.Artifact) -> None:
     assert line == f"{tiny.name}: already built, verified (worst relative L2 error {error}): {tiny.path}\n"
 
 
+@pytest.mark.slow
 def test_build_of_several(tiny: moegen.Artifact) -> None:
     sizes = ["--experts", "2,4", "--top-k", "2,3", "--hidden", "32", "--intermediate", "32"]
     result = run("build", *sizes, "--out", tiny.path.parent, "--jobs", "2")

@@ -444,6 +444,7 @@ def _layers(draw: st.DrawFn) -> tuple[moegen.MoEConfig, dict[str, int], int]:
     return config, tiling | {"max_rows": max_rows}, draw(st.integers(0, 70))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
 @given(layer=_layers(), seed=st.integers(0, 2**31))
 def test_any_legal_layer(

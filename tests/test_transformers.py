@@ -296,6 +296,7 @@ def decided_block(case, rng):
     raise AssertionError(f"{case}: every block has near ties")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_layer_agrees(paths, rng, case):
     config, block, x = decided_block(case, rng)

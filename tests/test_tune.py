@@ -562,6 +562,7 @@ def test_refusals(arguments: list[str], what: str) -> None:
     assert what in done.output
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(standing: Any, tmp_path: pathlib.Path) -> None:
     """The real command: Ctrl-C in the middle leaves whole lines and no processes, and the same command goes on."""
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
