@@ -59,7 +59,7 @@ GATINGS: dict[str, dict[str, Any]] = {
 }
 EXPERTS = [(8, 2), (1, 1), (4, 4), (5, 2), (48, 16), (257, 8), (7, 3)]
 GROUPED_EXPERTS = [(8, 2), (32, 12), (12, 6), (64, 8)]  # 6 of 12 are all experts of two groups
-WIDTHS = [(64, 96), (200, 72), (1, 3), (48, 17), (3, 1), (72, 200), (17, 40), (704, 72), (40, 704)]
+WIDTHS = [(64, 96), (200, 72), (1, 3), (48, 17), (3, 1), (72, 200), (17, 40), (2880, 72), (40, 2880)]
 SHARED: list[dict[str, Any]] = [{}, {"shared_intermediate": 24}, {"shared_intermediate": 33, "shared_gate": True}]
 CAPACITIES = [None, 1.0, None, 0.5, 1.25]
 
@@ -69,7 +69,7 @@ def _configurations() -> list[dict[str, Any]]:
 
     Every activation comes with every dtype (10 x 3), and each of those 30 with another gating variant; the other fields walk
     through their values with periods that share no factor, so that pairs of values meet as often as 30 rows allow:
-    `test_the_table_covers` counts them. The first row is compiled as `moegen build` would; the others, with fewer and odd register
+    `test_the_table_covers` counts them. A few rows are compiled as `moegen build` would; the others, with fewer and odd register
     tiles and shorter blocks, which compile faster and take other paths through the host.
     """
     rows = []
@@ -80,12 +80,11 @@ def _configurations() -> list[dict[str, Any]]:
         e, k = (8, 1) if gating == "llama4" else next(grouped if "n_group" in fields else plain)
         fields |= {"experts": e, "top_k": k}
         fields["hidden"], fields["intermediate"] = WIDTHS[(4 * i) % len(WIDTHS)]
-        if fields["hidden"] == 1 and fields["dtype"] == "bfloat16":
-            fields["intermediate"] = 1  # rounded hidden values that cancel in the only column would leave nothing but rounding
         fields |= SHARED[(i + block) % 3]
         fields["expert_bias"] = (i + block) % 2 == 0 or fields["activation"] == "swiglu_clamped"
         fields["capacity_factor"] = CAPACITIES[(i + block) % 5]
-        tiling = None if i == 0 else {"max_rows": 1 + i % 5, "chunk_rows": 5 + i, "k_block": (64, 1024)[i % 2]}
+        default = i % 7 == 0 and fields["activation"] not in ("gelu", "geglu")  # whose exact form takes longest to compile
+        tiling = None if default else {"max_rows": 1 + i % 5, "chunk_rows": 5 + i, "k_block": (64, 1024)[i % 2]}
         rows.append(fields | {"id": f"{gating}-{fields['activation']}-{fields['dtype']}", "tiling": tiling})
     return rows
 
@@ -122,10 +121,21 @@ def test_the_table_covers() -> None:
     assert set(columns["shared"]) == {(False, False), (True, False), (True, True)}
     assert set(columns["capacity"]) == set(CAPACITIES)
     assert {(r.experts, r.top_k) for r in rows} >= {*EXPERTS, *GROUPED_EXPERTS}
-    assert {(r.hidden, r.intermediate) for r in rows} == {*WIDTHS, (1, 1)}
+    assert {(r.hidden, r.intermediate) for r in rows} == set(WIDTHS)
     for a, b in itertools.combinations(("dtype", "shared", "expert_bias", "capacity"), 2):
         pairs = set(zip(columns[a], columns[b], strict=True))
         assert len(pairs) == len(set(columns[a])) * len(set(columns[b])), (a, b, Counter(pairs))
+
+
+def _cancels(config: moegen.MoEConfig, weights: dict[str, np.ndarray], x: np.ndarray) -> bool:
+    """Whether less than half of the terms of the down product is left: in one column, the rest may be rounding."""
+    down = weights["experts.down.weight"]
+    terms = np.zeros(x.shape)
+    for i in range(config.intermediate):
+        one = np.zeros_like(down)
+        one[..., i] = down[..., i]
+        terms += np.abs(reference.moe(config, weights | {"experts.down.weight": one}, x)[0])
+    return bool(np.linalg.norm(reference.moe(config, weights, x)[0]) < 0.5 * np.linalg.norm(terms))
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[row["id"] for row in TABLE])
@@ -134,6 +144,8 @@ def test_variant(row: dict[str, Any], store: pathlib.Path, rng: np.random.Genera
     config = _config(row)
     module = moegen.load(_build(row, store).path, threads=2)
     weights = reference.random_weights(config, rng)
+    while config.hidden == 1 and config.dtype == "bfloat16" and _cancels(config, weights, tokens(config, 100, rng)):
+        weights = reference.random_weights(config, rng)
     layer = module.bind(weights_as(config, weights))
     outputs = {}
     for count in TOKENS:

@@ -6,9 +6,9 @@ import struct
 
 PREFETCH_FUNCTION = "moegen_prefetch"
 
-# Tensor intrinsics: what the weights are stored as -> the name in TVM, and of the function that a kernel calls.
-APART = "_apart"  # the same, with the products of one call added up before they meet the sums
+APART = "_apart"  # suffix: the products of one call are added up before they meet the sums
 NIBBLES = ("int4", "mxfp4", f"int4{APART}", f"mxfp4{APART}")
+# Tensor intrinsics: what the weights are stored as -> the name in TVM, and of the function that a kernel calls.
 DOTS = {stored: f"moegen.dot_{stored}" for stored in ("bfloat16", "int8", *NIBBLES, "bytes")}
 DOT_FUNCTIONS = {stored: name.replace(".", "_") for stored, name in DOTS.items()}
 
