@@ -16,7 +16,7 @@ def find(distribution: str, pattern: str) -> pathlib.Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     for file in files:
-        if fnmatch.fnmatchcase(str(file), f"*/{pattern}"):
+        if fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}"):
             path = pathlib.Path(str(file.locate()))
             return path if path.is_file() else None
     return None
