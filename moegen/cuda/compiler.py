@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import compiler as llvm_compiler
@@ -12,6 +12,7 @@ from ..errors import BuildError, ScheduleError, without_compiler
 from ..geometry import ITEM_BYTES
 from ..paths import package_folder
 from ..schedules import cuda as schedules
+from .architectures import Architecture
 from .kernels import Intermediate, Kernel, Parameter, Program, Stage
 
 try:
@@ -27,15 +28,22 @@ except ModuleNotFoundError as error:
 
 _SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\)\s*\{')
 _COPY = re.compile(r"(void ptx_cp_async_legacy\w*\(void\* dst, int dst_off, void\* src, )int( src_off)")
-_MOST_SHARED_BYTES = 227 * 1024  # of sm_90; what an architecture has is checked where it is known
+_MOST_SHARED_BYTES = 227 * 1024  # for TVM's own check; what an architecture has is checked where tiles are
 
 
-def lower(stages: Mapping[str, Any], geometry: CudaGeometry, knobs: Mapping[str, Any], tf32: bool = False) -> Program:
+def lower(
+    stages: Mapping[str, Any],
+    geometry: CudaGeometry,
+    knobs: Mapping[str, Any],
+    architectures: Sequence[Architecture],
+    tf32: bool = False,
+) -> Program:
     """The stages of an emitted module as CUDA C++.
 
     Args:
         stages: name -> tensors, as the module's `stages` gives them.
         knobs: stage -> `tiling.Tile` or `few.Knobs`, for those that have any.
+        architectures: that the kernels have to run on.
         tf32: multiply float32 on tensor cores, rounded to 10 bits of mantissa.
 
     Raises:
@@ -43,11 +51,12 @@ def lower(stages: Mapping[str, Any], geometry: CudaGeometry, knobs: Mapping[str,
         BuildError: the module's stages cannot be lowered.
     """
     functions = llvm_compiler.prim_funcs(stages.items())
+    most_shared_bytes = min(one.max_shared_bytes_per_block for one in architectures)
     sch = tvm.s_tir.Schedule(tvm.IRModule(dict(functions)))
     scheduled = {}
     for name in functions:
         sch.work_on(name)
-        wishes = _apply(sch, name, geometry, knobs, tf32)
+        wishes = _apply(sch, name, geometry, knobs, most_shared_bytes, tf32)
         scheduled[name] = rewriting.rewrite(sch.mod[name], wishes)
     seen = _Seen()
     target = tvm.target.Target(_TARGET, host="llvm")
@@ -75,13 +84,15 @@ def stage_of(function: str) -> str:
     return stage if rows.isdigit() else function
 
 
-def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], tf32: bool) -> Any:
+def _apply(
+    sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], most_shared_bytes: int, tf32: bool
+) -> Any:
     stage = stage_of(name)
     item_bytes = geometry.item_bytes
     if stage != name:
         product = geometry.products[stage]
         tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes)
-        schedules.tiling.check(tile, product, item_bytes, _MOST_SHARED_BYTES)
+        schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
         return schedules.product.apply(sch, name, product, tile, item_bytes, tf32)
     if name.endswith("_few"):
         return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes)
