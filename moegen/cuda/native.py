@@ -20,6 +20,7 @@ _FIBERS = (*_COMMON, "-ftls-model=initial-exec")
 # Products and sums stay apart unless the source says fma; buffers of bytes are read as any type, as TVM's code does.
 _KERNELS = (*_FIBERS, "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-exceptions")
 _SAID_CHARACTERS = 4000
+_WHY = "emulating CUDA needs a C++ compiler"
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ def library(source: str, folder: pathlib.Path, arch: str) -> pathlib.Path:
         EmulationError: the source uses what is not emulated, or does not compile.
         BuildError: there is no C++ compiler.
     """
-    command = cxx("emulating CUDA needs a C++ compiler")
-    here = package_folder("templates") / "cuda" / "emulator"
-    common = "\0".join([*command, *(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.[ch]*")))])
+    command = cxx(_WHY)
+    here, common = _templates(command)
     folder.mkdir(parents=True, exist_ok=True)
     units = [_Unit(here / f"{name}.cc", _FIBERS, folder / f"{name}-{_digest(common, *_FIBERS)}.o") for name in _RUNTIME]
     text = f'#include "emulator.h"\n{translate(source, command, arch).text}'
@@ -56,8 +56,29 @@ def library(source: str, folder: pathlib.Path, arch: str) -> pathlib.Path:
         kernels.write_text(text, encoding="utf-8")
         units.append(_Unit(kernels, _KERNELS, folder / f"{stem}.o"))
         _compile(command, here, units)
-        _run([*command, "-shared", "-pthread", *(str(unit.object) for unit in units)], made)
+        _link([*command, "-shared", "-pthread", *(str(unit.object) for unit in units)], made)
     return made
+
+
+def driver(folder: pathlib.Path) -> pathlib.Path:
+    """Makes the emulated driver, `libcuda.so.1`, unless it is there already; returns the folder inside `folder` that has it.
+
+    Raises:
+        BuildError: there is no C++ compiler.
+    """
+    command = cxx(_WHY)
+    here, common = _templates(command)
+    made = folder / f"driver-{_digest(common)}" / "libcuda.so.1"
+    if not made.is_file():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        _link([*command, *_COMMON, "-shared", "-Wl,-soname,libcuda.so.1", str(here / "driver.cc"), "-ldl"], made)
+    return made.parent
+
+
+def _templates(command: list[str]) -> tuple[pathlib.Path, str]:
+    """The folder of the emulator's sources, and everything that what is made of them depends on."""
+    here = package_folder("templates") / "cuda" / "emulator"
+    return here, "\0".join([*command, *(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.[ch]*")))])
 
 
 def _digest(*parts: str) -> str:
@@ -76,9 +97,9 @@ def _compile(command: list[str], headers: pathlib.Path, units: list[_Unit]) -> N
         raise EmulationError(f"the emulated kernels do not compile as C++: {''.join(said)[:_SAID_CHARACTERS]}")
 
 
-def _run(command: list[str], out: pathlib.Path) -> None:
+def _link(command: list[str], out: pathlib.Path) -> None:
     if said := _finish(_start(command, out), out):
-        raise EmulationError(f"the emulated kernels cannot be linked: {said[:_SAID_CHARACTERS]}")
+        raise EmulationError(f"{out.name} cannot be made: {said[:_SAID_CHARACTERS]}")
 
 
 def _start(command: list[str], out: pathlib.Path) -> subprocess.Popen[str]:
