@@ -23,6 +23,10 @@ class BuildError(MoegenError, RuntimeError):
     """Emission, compilation or linking failed; nothing was left behind."""
 
 
+class EmulationError(MoegenError, RuntimeError):
+    """A CUDA kernel did on the emulated device what a device refuses, or its source uses what is not emulated."""
+
+
 def without_compiler(missing: ModuleNotFoundError) -> BuildError:
     """What to say when a package of the `[build]` extra is not installed."""
     return BuildError(f"building needs the compiler ({missing.name} is not installed): pip install 'moegen[build]'")
