@@ -24,7 +24,7 @@ from . import artifact as artifacts
 from . import compiler, emission, objects, verification
 from .artifact import Artifact
 from .config import MoEConfig
-from .cuda import making, planning
+from .cuda import making, planning, proof
 from .cuda.planning import CudaPlan
 from .errors import ArtifactError, BuildError, MoegenError, TargetError, VerificationError
 from .plan import Plan, plan, versions
@@ -192,7 +192,9 @@ def _prove(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
         artifacts.check_loadable(unproven)
     except ArtifactError as error:
         return {"status": "skipped", "reason": f"this machine cannot run the module: {error}"}
-    report = verification.verify(unproven)
+    report = proof.prove(unproven) if unproven.target.kind == "cuda" else verification.verify(unproven)
+    if report["status"] == "skipped":
+        return report
     if report["status"] != "passed":
         raise VerificationError(f"the compiled module is wrong and was thrown away: {report['failures'][0]}")
     return report
