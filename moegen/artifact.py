@@ -189,10 +189,11 @@ def list_artifacts(store: str | os.PathLike[str] | None = None) -> list[Artifact
     return found
 
 
-def find_artifact(store: str | os.PathLike[str] | None = None, **fields: Any) -> Artifact:
+def find_artifact(store: str | os.PathLike[str] | None = None, target: str | None = None, **fields: Any) -> Artifact:
     """The one artifact of a store whose configuration has these fields.
 
     Artifacts that this processor cannot run are passed over when another fits; of the same layer, the newest is taken.
+    With `target`, only those for that kind of target are looked at; without, those for CPUs come first.
 
     Raises:
         ArtifactError: none fits or several different ones do; the message says what there is.
@@ -201,9 +202,9 @@ def find_artifact(store: str | os.PathLike[str] | None = None, **fields: Any) ->
     if unknown := sorted(set(fields) - known):
         raise ArtifactError(f"{unknown[0]!r} is not a configuration field; known: {', '.join(sorted(known))}")
     folder = pathlib.Path(store) if store is not None else default_store()
-    present = [a for a in list_artifacts(folder) if isinstance(a, Artifact)]
+    present = [a for a in list_artifacts(folder) if isinstance(a, Artifact) and target in (None, a.target.kind)]
     fitting = [a for a in present if all(getattr(a.config, name) == value for name, value in fields.items())]
-    wanted = ", ".join(f"{name}={value}" for name, value in fields.items()) or "anything"
+    wanted = ", ".join(f"{name}={value}" for name, value in (fields | ({"target": target} if target else {})).items()) or "anything"
     if not fitting:
         there = _listing(present) if present else "nothing"
         raise ArtifactError(f"no artifact in {str(folder)!r} has {wanted}; there is: {there}; `moegen build` makes one")

@@ -24,18 +24,19 @@ from . import artifact as artifacts
 from . import compiler, emission, objects, verification
 from .artifact import Artifact
 from .config import MoEConfig
-from .errors import ArtifactError, BuildError, MoegenError, VerificationError
-from .objects import first_error
+from .cuda import making, planning
+from .cuda.planning import CudaPlan
+from .errors import ArtifactError, BuildError, MoegenError, TargetError, VerificationError
 from .plan import Plan, plan, versions
 from .schedules import llvm
 from .target import host_arch
-from .toolchain import cxx_for
+from .toolchain import cxx_for, first_error
 
 INT32_MAX = 2**31 - 1
 
 
 def build(
-    config: MoEConfig | Plan,
+    config: MoEConfig | Plan | CudaPlan,
     target: str = "llvm",
     out: str | os.PathLike[str] | None = None,
     *,
@@ -45,19 +46,22 @@ def build(
     force: bool = False,
     tuning: bool = True,
     known_objects: str | os.PathLike[str] | None = None,
+    tf32: bool = False,
 ) -> Artifact:
     """Builds one layer, or finds it already built for the same inputs.
 
     Args:
         config: the layer, or a `Plan`.
-        target: `llvm`.
+        target: `llvm` (CPUs) or `cuda` (NVIDIA devices; none is needed for building).
         out: the store folder; None for the user's.
         mcpu: processor name as LLVM knows it; None for this machine's.
-        arch: `x86_64` or `aarch64`; None for this machine's. Another one needs a C++ compiler for it ($CXX).
+        arch: for `llvm`, `x86_64` or `aarch64`; None for this machine's. Another one needs a C++ compiler for it ($CXX).
+            For `cuda`, the devices' architecture such as `sm_90`, several parted by commas; None for `sm_90`.
         verify: prove the module against the float64 reference; skipped (and recorded as skipped) for other processors' code.
         force: build even when it is there.
         tuning: use tuning records that hold on this machine (see `moegen.records`); a `Plan` has its choices already.
         known_objects: a folder of object files of earlier builds, to take from and to add to (see `moegen.objects`).
+        tf32: for float32 layers on `cuda`: multiply on tensor cores, rounded to 10 bits of mantissa.
 
     Returns:
         The artifact; its `.path` is what `moegen.load` takes.
@@ -66,7 +70,7 @@ def build(
         BuildError, TargetError, ScheduleError, VerificationError: nothing was left behind.
         ArtifactError: the store cannot be written.
     """
-    todo = config if isinstance(config, Plan) else plan(config, target, mcpu, arch=arch, tuned=tuning)
+    todo = config if isinstance(config, Plan | CudaPlan) else plan_for(config, target, mcpu, arch, tuning=tuning, tf32=tf32)
     store = pathlib.Path(out) if out is not None else artifacts.default_store()
     final = store / todo.name
     if not force and (existing := _already_built(final, todo)) is not None:
@@ -81,7 +85,24 @@ def build(
     return artifacts.open_artifact(final)
 
 
-def _already_built(final: pathlib.Path, todo: Plan) -> Artifact | None:
+def plan_for(
+    config: MoEConfig, target: str = "llvm", mcpu: str | None = None, arch: str | None = None, *, tuning: bool = True, tf32: bool = False
+) -> Plan | CudaPlan:
+    """What building `config` with these arguments of `build` would do.
+
+    Raises:
+        TargetError: the target is unknown, or an argument is for another one.
+    """
+    if target == "cuda":
+        if mcpu is not None:
+            raise TargetError(f"mcpu={mcpu!r} is for target llvm: of cuda, say the devices' architecture (arch)")
+        return planning.plan(config, arch, tf32=tf32)
+    if tf32:
+        raise TargetError(f"tf32 is for target cuda, not {target!r}")
+    return plan(config, target, mcpu, arch=arch, tuned=tuning)
+
+
+def _already_built(final: pathlib.Path, todo: Plan | CudaPlan) -> Artifact | None:
     try:
         existing = artifacts.open_artifact(final)
         artifacts.check_files(existing)
@@ -90,16 +111,20 @@ def _already_built(final: pathlib.Path, todo: Plan) -> Artifact | None:
     return existing if existing.manifest["key"] == todo.key else None
 
 
-def _fill(folder: pathlib.Path, todo: Plan, verify: bool, known: pathlib.Path | None) -> None:
+def _fill(folder: pathlib.Path, todo: Plan | CudaPlan, verify: bool, known: pathlib.Path | None) -> None:
     """Everything between an empty folder and a sealed artifact."""
     work = folder / "work"
     work.mkdir()
     module = compiler.load_module(todo.te_source, folder / artifacts.TE_SOURCE)
-    functions = _prim_funcs(module)
-    made = objects.compile_all(todo, functions, work, known)
-    _link(work, made, folder / artifacts.LIBRARY, todo.target.arch)
+    if isinstance(todo, CudaPlan):
+        own = making.fill(folder, todo, _stages(module), work, folder / artifacts.LIBRARY)
+    else:
+        functions = _prim_funcs(module)
+        made = objects.compile_all(todo, functions, work, known)
+        _link(work, made, folder / artifacts.LIBRARY, todo.target.arch)
+        own = _own_part(todo, list(functions))
     shutil.rmtree(work)
-    manifest = _manifest(todo, list(functions))
+    manifest = _manifest(todo) | own
     artifacts.seal(folder, manifest)
     report = _prove(folder, verify)
     (folder / artifacts.VERIFICATION).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -108,7 +133,7 @@ def _fill(folder: pathlib.Path, todo: Plan, verify: bool, known: pathlib.Path | 
 
 
 @contextlib.contextmanager
-def _blaming_edits(todo: Plan) -> Iterator[None]:
+def _blaming_edits(todo: Plan | CudaPlan) -> Iterator[None]:
     """Whatever goes wrong with an edited TE module is its author's to read, not a defect of moegen."""
     try:
         yield
@@ -124,8 +149,19 @@ def _blaming_edits(todo: Plan) -> Iterator[None]:
 
 
 def _prim_funcs(module: Any) -> dict[str, Any]:
-    try:
+    with _blaming_stages():
         return compiler.prim_funcs(module.stages())
+
+
+def _stages(module: Any) -> dict[str, Any]:
+    with _blaming_stages():
+        return dict(module.stages())
+
+
+@contextlib.contextmanager
+def _blaming_stages() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the module is the user's text
         raise BuildError(f"the TE module's stages() fails: {type(error).__name__}: {first_error(str(error))}") from error
 
@@ -162,27 +198,33 @@ def _prove(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
     return report
 
 
-def _manifest(todo: Plan, functions: list[str]) -> dict[str, Any]:
-    g, c = todo.geometry, todo.config
+def _manifest(todo: Plan | CudaPlan) -> dict[str, Any]:
+    """What every target has."""
     return {
         "schema_version": artifacts.SCHEMA_VERSION,
         "key": todo.key,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "config": c.to_dict(),
+        "config": todo.config.to_dict(),
         "target": todo.target.to_dict(),
-        "tiling": dataclasses.asdict(g.tiling),
+        "records": dict(todo.records),
+        "segments": todo.geometry.describe(),
+        "packed_bytes": todo.geometry.packed_bytes,
+        "max_tokens": INT32_MAX // todo.config.top_k,
+        "source_sha256": hashlib.sha256(todo.te_source.encode()).hexdigest(),
+        "verified": "pending",
+    }
+
+
+def _own_part(todo: Plan, functions: list[str]) -> dict[str, Any]:
+    """What only modules for CPUs have, or have otherwise."""
+    return {
+        "tiling": dataclasses.asdict(todo.geometry.tiling),
         "regimes": [dataclasses.asdict(regime) for regime in todo.regimes],
         "knobs": {stage: dataclasses.asdict(todo.knobs[stage]) for stage in dict.fromkeys(map(llvm.stage_of, functions))},
-        "records": dict(todo.records),
-        "segments": g.describe(),
-        "packed_bytes": g.packed_bytes,
-        "max_tokens": INT32_MAX // c.top_k,
-        "functions": _functions(c),
+        "functions": _functions(todo.config),
         "stages": functions,
         "parts": list(emission.PARTS),
-        "source_sha256": hashlib.sha256(todo.te_source.encode()).hexdigest(),
         "versions": versions(),
-        "verified": "pending",
     }
 
 

@@ -50,22 +50,23 @@ def te_source(geometry: Geometry, target: Target) -> str:
     if config.shared_intermediate:
         ffns.append(("shared", geometry.shared_up, geometry.shared_down))
     text = (
-        _environment()
+        environment()
         .get_template("te/module.py.jinja")
         .render(
-            title=_title(config),
+            title=title(config),
             version=__version__,
             target=str(target),
             config=config,
             tiling=geometry.tiling,
             config_literal=pprint.pformat(config.to_dict(), sort_dicts=False, width=120),
             tiling_literal=repr(dataclasses.asdict(geometry.tiling)),
-            functions=_functions(config),
+            functions=functions(config),
             gated_call=GATED_CALLS.get(config.activation, ("", ""))[1],
             ffns=ffns,
             router=geometry.router,
             up=geometry.up,
             out=geometry.down,
+            many_threads=False,
         )
     )
     return re.sub(r"\n{2,}(?=def )", "\n\n\n", text)  # two blank lines between functions, whatever was left out
@@ -74,10 +75,10 @@ def te_source(geometry: Geometry, target: Target) -> str:
 def host_source(geometry: Geometry, stages: Sequence[str], regimes: Sequence[Regime]) -> str:
     """The C++ host that runs the compiled stages in order and exports the layer's entry points."""
     return (
-        _environment()
+        environment()
         .get_template("llvm/host.cc.jinja")
         .render(
-            title=_title(geometry.config),
+            title=title(geometry.config),
             version=__version__,
             config=geometry.config,
             tiling=geometry.tiling,
@@ -120,14 +121,15 @@ def _packing(segment: Segment, products: Mapping[str, Product]) -> dict[str, Any
     return known | {"k": p.k, "k_padded": p.k_padded, "pair": p.pair, "nibbles": nibbles, "flipped": flipped, "bits": bits}
 
 
-def _title(config: MoEConfig) -> str:
+def title(config: MoEConfig) -> str:
+    """The layer in a line."""
     return (
         f"E={config.experts} K={config.top_k} H={config.hidden} I={config.intermediate} "
         f"{config.dtype} {config.gating} {config.activation}"
     )
 
 
-def _functions(config: MoEConfig) -> list[str]:
+def functions(config: MoEConfig) -> list[str]:
     """Names of the element-wise functions that the module uses, in the order in which they build on one another."""
     wanted = {GATED_CALLS[config.activation][0] if config.gated else config.activation, "exp"}
     if config.gating == "sigmoid":
@@ -137,7 +139,8 @@ def _functions(config: MoEConfig) -> list[str]:
     return [name for name in ORDER if name in wanted]
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """What templates are rendered with."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(package_folder("templates")),
         undefined=jinja2.StrictUndefined,

@@ -5,27 +5,25 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import pathlib
 import platform
-import tokenize
 from collections.abc import Mapping
 from typing import Any
 
-from . import choices, compiler, emission, records
+from . import choices, compiler, emission, records, sources
 from .choices import Choice
 from .config import MoEConfig, config_key
 from .errors import BuildError, ScheduleError
 from .geometry import Geometry, Regime, Tiling
 from .machine import processor
-from .paths import package_folder
 from .target import Target
 from .version import __version__
+
+SOURCES = ("templates/llvm/*", "templates/te/*", "schedules/*.py", "schedules/llvm/*.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,32 +156,7 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
 
 def own_sources() -> str:
     """SHA-256 of templates and schedules, which decide the code as much as the choices do; comments in schedules do not count."""
-    digest = hashlib.sha256()
-    for pattern in ("templates/llvm/*", "templates/te/*", "schedules/*.py", "schedules/llvm/*.py"):
-        top, _, rest = pattern.partition("/")
-        for path in sorted(package_folder(top).glob(rest)):
-            if path.is_file():
-                now = path.stat()
-                digest.update(path.name.encode() + b"\0" + _code(path, now.st_mtime_ns, now.st_size))
-    return digest.hexdigest()
-
-
-@functools.cache
-def _code(path: pathlib.Path, mtime_ns: int, size: int) -> bytes:
-    """Python without docstrings, comments and empty lines, the same text whatever Python reads it; other files as they are."""
-    source = path.read_bytes()
-    if path.suffix != ".py":
-        return source
-    lines = source.decode().splitlines()
-    for token in tokenize.tokenize(io.BytesIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            said = node.body[0]
-            lines[said.lineno - 1 : said.end_lineno] = [""] * ((said.end_lineno or said.lineno) - said.lineno + 1)
-    return "\n".join(line.rstrip() for line in lines if line.strip()).encode()
+    return sources.digest(SOURCES)
 
 
 def provenance() -> records.Provenance:

@@ -23,7 +23,9 @@ from .artifact import MANIFEST, Artifact, check_loadable, find_artifact, open_ar
 from .calls import Calls
 from .config import MoEConfig
 from .errors import ArtifactError, InputError
+from .device import DeviceModule
 from .packing import Packer, readable
+from .routing import Routing, routing_of
 from .target import usable_processors
 from .weights import resolve
 
@@ -33,36 +35,23 @@ _KEPT_WORKSPACES = 4
 _KNOWN_SIZES = 256
 
 
-class Routing(NamedTuple):
-    """What the router decided for T tokens.
-
-    ids int32 [T, K] and weights float32 [T, K] come as the kind of array that the input was; load int32 [E] counts the tokens
-    that chose each expert, before capacity; dropped counts the choices over capacity. The losses are those of
-    `moegen.reference.Routing`.
-    """
-
-    ids: Any
-    weights: Any
-    load: npt.NDArray[np.int32]
-    dropped: int
-    load_balancing_loss: float
-    adaptive_loss: float
-    z_loss: float
-
-
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
     store: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    target: str | None = None,
+    device: int = 0,
     **fields: Any,
-) -> Module:
+) -> Module | DeviceModule:
     """Loads a compiled layer.
 
     Args:
         path: an artifact's folder; when left out, the artifact in the store whose configuration has `fields` is taken.
         store: the store to search (default: the user's).
-        threads: threads of its layers; None for all processors that this process may use.
+        threads: threads of its layers, on CPUs; None for all processors that this process may use.
+        target: search only what was built for `llvm` or `cuda`; of both, `llvm` is taken.
+        device: the CUDA device that its layers are on, for `cuda`.
         **fields: configuration fields, e.g. experts=8, top_k=2, hidden=512.
 
     Raises:
@@ -71,13 +60,22 @@ def load(
     if path is not None and not os.path.exists(os.path.join(path, MANIFEST)) and os.path.isdir(path) and store is None:
         path, store = None, path
     if path is None:
-        artifact = find_artifact(store, **fields)
-    elif fields:
-        raise ArtifactError(f"give either a path or fields to search for, not both ({', '.join(fields)})")
+        artifact = find_artifact(store, target, **fields)
+    elif fields or target:
+        raise ArtifactError(f"give either a path or fields to search for, not both ({', '.join([*fields, *(['target'] if target else [])])})")
     else:
         artifact = open_artifact(path)
     check_loadable(artifact)
-    return Module(artifact, threads)
+    return module_of(artifact, threads, device)
+
+
+def module_of(artifact: Artifact, threads: int | None = None, device: int = 0) -> Module | DeviceModule:
+    """The module in an artifact that was checked; `threads` and `device` as in `load`.
+
+    Raises:
+        ArtifactError: it cannot be loaded, or there is no such device.
+    """
+    return DeviceModule(artifact, device) if artifact.target.kind == "cuda" else Module(artifact, threads)
 
 
 class Module:
@@ -127,6 +125,10 @@ class Module:
     def packer(self, threads: int, blob: Array | None = None) -> Packer:
         """What packs weights for this module."""
         return Packer(self.artifact.manifest, self.functions["pack"], self.pool(threads), blob)
+
+    def layer(self, packed: Array) -> Layer:
+        """The layer with weights that a packer packed."""
+        return Layer(self, packed, self.threads)
 
     def pool(self, threads: int) -> int:
         """The library's pool of so many threads, made when first asked for and shared by the module's layers."""
@@ -255,7 +257,7 @@ class Layer:
         source = rows.data if jittered is None else jittered
         self._functions["route"](readable(source), self.packed, workspace, self._pool, ids, weights, load, stats)
         self._give(workspace)
-        return _as_input(_routing(made), x)
+        return _as_input(routing_of(*made), x)
 
     def experts(self, x: Any, ids: Any, weights: Any) -> Any:
         """The routed experts alone, with anybody's routing; capacity applies, the shared expert does not.
@@ -291,7 +293,7 @@ class Layer:
         router_input = None if jittered is None else readable(jittered)
         self._functions["forward"](readable(rows.data), router_input, out, self.packed, workspace, self._pool, *made)
         self._give(workspace)
-        return _routing(made) if with_routing else None
+        return routing_of(*made) if with_routing else None
 
     def _rows(self, x: Any, name: str) -> _Rows:
         """`x` as aligned rows [T, H] of the layer's dtype, copied only where it has to be."""
@@ -375,12 +377,6 @@ def _ready(data: Array) -> Array:
     copy = arrays.empty_aligned(data.shape, data.dtype)
     copy[...] = data
     return copy
-
-
-def _routing(made: Any) -> Routing:
-    ids, weights, load, stats = made
-    dropped, balance, adaptive, z = (float(value) for value in stats)
-    return Routing(ids, weights, load, int(dropped), balance, adaptive, z)
 
 
 def _as_input(routing: Routing, x: Any) -> Routing:

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-KINDS = ("llvm",)
+KINDS = ("llvm", "cuda")
 ARCHS = ("x86_64", "aarch64")
 
 # LLVM feature -> flag in /proc/cpuinfo, for the features that change which instructions are emitted.
@@ -28,13 +28,15 @@ class Target:
     """A compilation target.
 
     Args:
-        kind: `llvm` (CPU).
-        mcpu: processor name as LLVM knows it (`znver5`, `x86-64-v3`, ...).
+        kind: `llvm` (CPU) or `cuda`.
+        mcpu: processor name as LLVM knows it (`znver5`, `x86-64-v3`, ...); for `cuda`, the architectures in one word.
         arch: machine architecture as `platform.machine()` names it.
         features: LLVM features that the compiled code may use, out of those in `X86_FEATURES`.
         disabled: features of `mcpu` that this machine lacks and that are switched off.
         lanes: float32 lanes of a vector register.
         registers: number of vector registers.
+        gpus: for `cuda`, the architectures that there is machine code for (`sm_90`, ...); `arch` is that of the machine around them.
+        tf32: for `cuda`, multiply float32 on tensor cores, rounded to 10 bits of mantissa.
     """
 
     kind: str
@@ -44,6 +46,8 @@ class Target:
     disabled: tuple[str, ...]
     lanes: int
     registers: int
+    gpus: tuple[str, ...] = ()
+    tf32: bool = False
 
     @property
     def slug(self) -> str:
@@ -52,14 +56,18 @@ class Target:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
-        return dataclasses.asdict(self) | {"features": list(self.features), "disabled": list(self.disabled)}
+        lists = {name: list(getattr(self, name)) for name in ("features", "disabled", "gpus")}
+        known = dataclasses.asdict(self) | lists
+        return known if self.gpus else {name: value for name, value in known.items() if name not in ("gpus", "tf32")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Target:
         """The inverse of `to_dict`."""
-        return cls(**fields | {"features": tuple(fields["features"]), "disabled": tuple(fields["disabled"])})
+        return cls(**fields | {name: tuple(fields.get(name, ())) for name in ("features", "disabled", "gpus")})
 
     def __str__(self) -> str:
+        if self.gpus:
+            return f"{self.kind} -arch={','.join(self.gpus)}{' -tf32' if self.tf32 else ''}"
         triple = "" if self.arch == "x86_64" else f" -mtriple={triple_of(self.arch)}"
         return f"{self.kind}{triple} -mcpu={self.mcpu}"
 

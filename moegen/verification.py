@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from .checkpoints import from_quantized
 from .config import MoEConfig, weight_shapes
 from .orientation import Matrix
 from .quantization import quantize
-from .runtime import Layer, Module, Routing
+from .device import DeviceModule
+from .routing import Routing
+from .runtime import Module, module_of
 from .weights import WeightSource
 
 TOKENS = (0, 1, 2, 17, 300)
@@ -42,13 +45,20 @@ FEWEST_TOKENS = 16
 Array = npt.NDArray[Any]
 
 
-def verify(artifact: Artifact | str | os.PathLike[str], seed: int | None = None, threads: int | None = None) -> dict[str, Any]:
+def verify(
+    artifact: Artifact | str | os.PathLike[str],
+    seed: int | None = None,
+    threads: int | None = None,
+    tokens: Sequence[int] = TOKENS,
+    routings: Sequence[str] = ROUTINGS,
+) -> dict[str, Any]:
     """Runs the proof.
 
     Args:
         artifact: the artifact or its folder.
         seed: seed of weights and inputs; None draws one, which the report names.
         threads: threads of the layer.
+        tokens, routings: the cases, each with each.
 
     Returns:
         `status` "passed" or "failed", the seed, the bounds, the worst errors, the failures as sentences, and one entry per case:
@@ -63,8 +73,8 @@ def verify(artifact: Artifact | str | os.PathLike[str], seed: int | None = None,
     check_loadable(made)
     drawn = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     start = time.perf_counter()
-    proof = _Proof(Module(made, threads), np.random.default_rng(drawn))
-    cases = [proof.case(routing, tokens) for routing in ROUTINGS for tokens in TOKENS]
+    proof = _Proof(module_of(made, threads), np.random.default_rng(drawn))
+    cases = [proof.case(routing, count) for routing in routings for count in tokens]
     failures = [f"{c['routing']} routing, T={c['tokens']}: {reason}" for c in cases for reason in c.pop("failed")]
     return {
         "status": "failed" if failures else "passed",
@@ -91,7 +101,7 @@ def bounds(config: MoEConfig) -> tuple[float, float]:
 class _Proof:
     """One module with random weights, and the reference on the same weights."""
 
-    def __init__(self, module: Module, rng: np.random.Generator) -> None:
+    def __init__(self, module: Module | DeviceModule, rng: np.random.Generator) -> None:
         self.module, self.rng, self.config = module, rng, module.config
         c = self.config
         per_expert = c.hidden * c.intermediate * (3 if c.gated else 2)
@@ -116,7 +126,7 @@ class _Proof:
         packer.router(source)
         packer.experts(source, self.filled)
         packer.shared(source)
-        self.packer, self.layer = packer, Layer(module, packer.blob, module.threads)
+        self.packer, self.layer = packer, module.layer(packer.blob)
         self.weights = {name: value.astype(np.float64) for name, value in self.weights.items()}  # once, not in every case
 
     def _stored(self) -> dict[str, Matrix | list[Matrix]]:

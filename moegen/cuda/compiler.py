@@ -1,0 +1,199 @@
+"""TVM for CUDA: an emitted module's stages scheduled, and lowered to CUDA C++ source; machine code is made by `nvidia`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import compiler as llvm_compiler
+from ..cuda_geometry import CudaGeometry
+from ..errors import BuildError, ScheduleError, without_compiler
+from ..geometry import ITEM_BYTES
+from ..paths import package_folder
+from ..schedules import cuda as schedules
+from .architectures import Architecture
+from .kernels import Intermediate, Kernel, Parameter, Program, Stage
+
+try:
+    import tvm
+    import tvm.s_tir
+    import tvm_ffi
+    from tvm import tirx
+    from tvm.ir import Call
+
+    from . import rewriting
+except ModuleNotFoundError as error:
+    raise without_compiler(error) from None
+
+_SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\)\s*\{')
+_COPY = re.compile(r"(void ptx_cp_async_legacy\w*\(void\* dst, int dst_off, void\* src, )int( src_off)")
+_MOST_SHARED_BYTES = 227 * 1024  # for TVM's own check; what an architecture has is checked where tiles are
+
+
+def lower(
+    stages: Mapping[str, Any],
+    geometry: CudaGeometry,
+    knobs: Mapping[str, Any],
+    architectures: Sequence[Architecture],
+    tf32: bool = False,
+) -> Program:
+    """The stages of an emitted module as CUDA C++.
+
+    Args:
+        stages: name -> tensors, as the module's `stages` gives them.
+        knobs: stage -> `tiling.Tile` or `few.Knobs`, for those that have any.
+        architectures: that the kernels have to run on.
+        tf32: multiply float32 on tensor cores, rounded to 10 bits of mantissa.
+
+    Raises:
+        ScheduleError: knobs are illegal.
+        BuildError: the module's stages cannot be lowered.
+    """
+    functions = llvm_compiler.prim_funcs(stages.items())
+    most_shared_bytes = min(one.max_shared_bytes_per_block for one in architectures)
+    sch = tvm.s_tir.Schedule(tvm.IRModule(dict(functions)))
+    scheduled = {}
+    for name in functions:
+        sch.work_on(name)
+        wishes = _apply(sch, name, geometry, knobs, most_shared_bytes, tf32)
+        scheduled[name] = rewriting.rewrite(sch.mod[name], wishes)
+    seen = _Seen()
+    target = tvm.target.Target(_TARGET, host="llvm")
+    with target, tvm.transform.PassContext(config={"tirx.use_async_copy": 1}, instruments=[seen.instrument], disabled_pass=["tirx.CommonSubexprElim"]):
+        executable = tvm.compile(tvm.IRModule(scheduled), target=target)
+    source = _wide_offsets(str(executable.mod.imports[0].inspect_source()))
+    types = _types(source)
+    made = {name: _stage(name, functions[name], seen, types) for name in functions}
+    prelude = (package_folder("templates") / "cuda" / "device.cuh").read_text(encoding="utf-8")
+    return Program(_with_prelude(source, prelude), made)
+
+
+_TARGET = {
+    "kind": "cuda",
+    "arch": "sm_90",
+    "max_shared_memory_per_block": _MOST_SHARED_BYTES,
+    "max_threads_per_block": 1024,
+    "thread_warp_size": 32,
+}
+
+
+def stage_of(function: str) -> str:
+    """`up_64` is the tile kernel of `up` for blocks of 64 rows."""
+    stage, _, rows = function.rpartition("_")
+    return stage if rows.isdigit() else function
+
+
+def _apply(
+    sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], most_shared_bytes: int, tf32: bool
+) -> Any:
+    stage = stage_of(name)
+    item_bytes = geometry.item_bytes
+    if stage != name:
+        product = geometry.products[stage]
+        tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes)
+        schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
+        return schedules.product.apply(sch, name, product, tile, item_bytes, tf32)
+    if name.endswith("_few"):
+        return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes)
+    if name == "topk":
+        return schedules.topk.apply(sch, name, geometry.config.experts)
+    if name == "losses":
+        return schedules.losses.apply(sch, name)
+    if name in ("pad", "combine", "combine_routed"):
+        return schedules.elementwise.apply(sch, name)
+    raise ScheduleError(f"there is no CUDA schedule for stage {name!r}")
+
+
+class _Seen:
+    """The launches, as they are when host and device part."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, list[Any], list[str]]] = []  # symbol, arguments, names of the last of them
+        self.device: dict[str, Any] = {}
+
+        @tvm.instrument.pass_instrument
+        class Watch:
+            def run_after_pass(_, module: Any, info: Any) -> None:
+                if info.name == "tirx.SplitHostDevice":
+                    for variable, function in module.functions.items():
+                        if "tirx.kernel_launch_params" in (function.attrs or {}):
+                            self.device[str(variable.name_hint)] = function
+                        else:
+                            tvm_ffi.structural_walk(function.body, (Call, self._call))
+
+        self.instrument = Watch()
+
+    def _call(self, call: Any) -> None:
+        if str(call.op.name) == "tirx.call_ffi_kernel":
+            symbol, *arguments = call.args
+            self.launches.append((str(symbol.value), arguments, [str(n) for n in call.attrs["launch_params"]]))
+
+
+def _stage(name: str, function: Any, seen: _Seen, types: Mapping[str, list[str]]) -> Stage:
+    kernels = tuple(
+        _kernel(symbol, arguments, launch, seen.device[symbol], types[symbol])
+        for symbol, arguments, launch in seen.launches
+        if re.fullmatch(rf"{name}_kernel(_\d+)?", symbol)
+    )
+    handed = {p.name for kernel in kernels for p in kernel.parameters if p.pointer}
+    buffers = [b for b in function.body.block.alloc_buffers if str(b.name) in handed]
+    return Stage(name, kernels, tuple(Intermediate(str(b.name), _bytes(b)) for b in buffers))
+
+
+def _kernel(symbol: str, arguments: list[Any], launch: list[str], function: Any, types: list[str]) -> Kernel:
+    names = [str(p.name) for p in function.params]
+    extents = dict(zip(launch, arguments[len(names) :], strict=True))
+    parameters = tuple(
+        Parameter(name.removesuffix("_ptr"), "*" in kind, kind.partition("*")[0].strip())
+        for name, kind in zip(names, types, strict=True)
+    )
+    x, y, z = (_c(extents[f"blockIdx.{axis}"]) if f"blockIdx.{axis}" in extents else "1" for axis in "xyz")
+    block = tuple(int(extents[f"threadIdx.{axis}"]) if f"threadIdx.{axis}" in extents else 1 for axis in "xyz")
+    return Kernel(symbol, parameters, (x, y, z), block, int(extents.get("tirx.use_dyn_shared_memory", 0)))  # type: ignore[arg-type]
+
+
+def _types(source: str) -> dict[str, list[str]]:
+    """Types of the parameters of each kernel as the source has them."""
+    found = {}
+    for symbol, text in _SIGNATURE.findall(source):
+        found[symbol] = [parameter.rpartition(" ")[0] for parameter in text.split(", ")] if text else []
+    return found
+
+
+def _wide_offsets(source: str) -> str:
+    """TVM's copy functions take offsets of 32 bits, which weights of more than 2**31 bytes overflow."""
+    made, count = _COPY.subn(r"\1int64_t\2", source)
+    if count != source.count("void ptx_cp_async_legacy"):
+        raise BuildError("TVM's asynchronous copies have another form than the one that moegen knows: apache-tvm is not the pinned one")
+    return made
+
+
+def _with_prelude(source: str, prelude: str) -> str:
+    """The device functions, after what TVM includes and before the first kernel."""
+    at = source.index('extern "C" __global__')
+    return source[:at] + prelude + "\n" + source[at:]
+
+
+_OPERATORS = {"Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "/"}
+
+
+def _c(expression: Any) -> str:
+    """A size, which is never negative, in C++."""
+    if isinstance(expression, tirx.IntImm):
+        return str(int(expression.value))
+    if isinstance(expression, tirx.Var):
+        return str(expression.name)
+    if isinstance(expression, tirx.Cast):
+        return _c(expression.value)
+    kind = type(expression).__name__
+    if kind in _OPERATORS:
+        return f"({_c(expression.a)} {_OPERATORS[kind]} {_c(expression.b)})"
+    if kind in ("Min", "Max"):
+        return f"std::{kind.lower()}<int64_t>({_c(expression.a)}, {_c(expression.b)})"
+    raise BuildError(f"the size {expression} of a launch is of a kind that moegen does not know")
+
+
+def _bytes(buffer: Any) -> str:
+    item = ITEM_BYTES.get(str(buffer.dtype), 8)
+    return " * ".join([str(item), *(_c(extent) for extent in buffer.shape)])

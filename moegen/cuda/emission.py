@@ -1,0 +1,147 @@
+"""Rendering for CUDA: a geometry in, the text of the tensor-expression module, of hand-written kernels and of the C++ host out."""
+
+from __future__ import annotations
+
+import dataclasses
+import pprint
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .. import emission
+from ..config import MoEConfig
+from ..cuda_geometry import CudaGeometry
+from ..geometry import ITEM_BYTES, Segment
+from ..target import Target
+from ..version import __version__
+from .kernels import Program
+
+DISPATCH = "dispatch_kernel"
+ROUTER_ROWS = 64
+ROUTER_FEW_TOKENS = 16
+INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """Machine code or PTX inside the library.
+
+    Args:
+        name: as it was embedded.
+        capability: compute capability that machine code is for; None for PTX.
+        oldest: the oldest that PTX is for; None for machine code.
+        specific: runs on that one alone.
+        tegra: as in `Architecture`.
+    """
+
+    name: str
+    capability: tuple[int, int] | None
+    oldest: tuple[int, int] | None
+    specific: bool
+    tegra: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBlocks:
+    """One line of the table that says how many rows a row block has.
+
+    Args:
+        rows_up_to: most rows of an expert in the mean that this holds for; None in the last line.
+        rows: of a row block.
+    """
+
+    rows_up_to: int | None
+    rows: int
+
+
+def te_source(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -> str:
+    """The readable, specialised Python module of TVM tensor-expression definitions.
+
+    Args:
+        rows: of the row blocks that there are tile kernels for.
+    """
+    config = geometry.config
+    text = (
+        emission.environment()
+        .get_template("cuda/module.py.jinja")
+        .render(
+            title=emission.title(config),
+            version=__version__,
+            target=str(target),
+            config=config,
+            tiling={"rows": list(rows)},
+            config_literal=pprint.pformat(config.to_dict(), sort_dicts=False, width=120),
+            tiling_literal=repr({"rows": list(rows)}),
+            functions=emission.functions(config),
+            gated_call=emission.GATED_CALLS.get(config.activation, ("", ""))[1],
+            ffns=geometry.ffns,
+            prefixes=[prefix for prefix, _, _ in geometry.ffns],
+            router=geometry.router,
+            router_rows=ROUTER_ROWS,
+            terms_type=geometry.terms_type,
+            many_threads=True,
+        )
+    )
+    return re.sub(r"\n{2,}(?=def )", "\n\n\n", text)
+
+
+def host_source(
+    geometry: CudaGeometry,
+    target: Target,
+    program: Program,
+    images: Sequence[Image],
+    regimes: Sequence[RowBlocks],
+    few_tokens: int,
+) -> str:
+    """The C++ host that launches the compiled stages in order and exports the layer's entry points."""
+    config, stages = geometry.config, program.stages
+    kernels = [kernel for stage in stages.values() for kernel in stage.kernels]
+    pointers = {p.name.replace(".", "_") for kernel in kernels for p in kernel.parameters if p.pointer}
+    rows = sorted({int(name.rpartition("_")[2]) for name in stages if name.startswith("up_") and name != "up_few"})
+    return (
+        emission.environment()
+        .get_template("cuda/host.cc.jinja")
+        .render(
+            title=emission.title(config),
+            version=__version__,
+            target=str(target),
+            config=config,
+            geometry=geometry,
+            ffns=geometry.ffns,
+            router=geometry.router,
+            terms_type=geometry.terms_type,
+            item_bytes=geometry.item_bytes,
+            dlpack={"float32": "kDLFloat", "float16": "kDLFloat", "bfloat16": "kDLBfloat"}[config.dtype],
+            stages=stages,
+            symbols=[*(kernel.symbol for kernel in kernels), DISPATCH],
+            shared_bytes=[*(kernel.shared_bytes for kernel in kernels), 0],
+            pointers=sorted(pointers),
+            tiled=[f"{prefix}{product}" for prefix, _, _ in geometry.ffns for product in ("up", "down")],
+            tiles=rows,
+            regimes=regimes,
+            few_tokens=few_tokens,
+            router_few_tokens=ROUTER_FEW_TOKENS,
+            router_rows=ROUTER_ROWS,
+            max_tokens=INT32_MAX // config.top_k,
+            offsets={segment.name: segment.offset_bytes for segment in geometry.segments},
+            segments=[_segment(geometry, segment) for segment in geometry.segments],
+            images=images,
+        )
+    )
+
+
+def dispatch_source(config: MoEConfig) -> str:
+    """The kernel that sorts choices into row blocks."""
+    return emission.environment().get_template("cuda/dispatch.cu.jinja").render(config=config)
+
+
+def _segment(geometry: CudaGeometry, segment: Segment) -> dict[str, Any]:
+    """How a segment is filled from matrices [n, k]."""
+    known = {"name": segment.name, "offset": segment.offset_bytes, "item_bytes": ITEM_BYTES[segment.dtype]}
+    if segment.name == "correction_bias":
+        return known | {"count": 1, "parts": 1, "n_padded": 1, "k_padded": segment.shape[0], "n": 1, "k": segment.shape[0]}
+    p = geometry.products[segment.name.removesuffix("_bias")]
+    known |= {"count": p.count, "parts": p.parts}
+    if segment.name.endswith("_bias"):
+        return known | {"n_padded": 1, "k_padded": p.n_padded, "n": 1, "k": p.n}
+    return known | {"n_padded": p.n_padded, "k_padded": p.k_padded, "n": p.n, "k": p.k}

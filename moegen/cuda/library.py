@@ -1,0 +1,103 @@
+"""From an emitted module to a library: kernels compiled for each architecture, the host around them, linked together."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tvm_ffi.libinfo
+
+from ..cuda_geometry import CudaGeometry
+from ..errors import BuildError
+from ..paths import package_folder
+from ..target import Target
+from ..toolchain import cxx_for, first_error
+from . import compiler, embedding, emission, nvidia
+from .architectures import Architecture, parse
+from .emission import Image, RowBlocks
+from .kernels import Program
+
+PTX = "ptx"
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """What was made.
+
+    Args:
+        program: the kernels' source and their launches.
+        compiled: their machine code.
+    """
+
+    program: Program
+    compiled: nvidia.Compiled
+
+
+def make(
+    stages: Mapping[str, Any],
+    geometry: CudaGeometry,
+    target: Target,
+    knobs: Mapping[str, Any],
+    regimes: Sequence[RowBlocks],
+    few_tokens: int,
+    work: pathlib.Path,
+    out: pathlib.Path,
+) -> Library:
+    """Compiles and links everything.
+
+    Args:
+        stages: name -> tensors of the emitted module.
+        knobs: stage -> its knobs, for those that have any.
+        work: an empty folder.
+        out: the library.
+
+    Raises:
+        BuildError: a compiler is missing or fails.
+        ScheduleError: knobs are illegal.
+    """
+    toolchain = nvidia.find()
+    architectures = parse(target.gpus)
+    program = compiler.lower(stages, geometry, knobs, architectures, target.tf32)
+    program = dataclasses.replace(program, source=program.source + emission.dispatch_source(geometry.config))
+    oldest = min(architectures, key=lambda one: (one.capability, one.specific))
+    images = [_image(one) for one in architectures]
+    images.append(Image(PTX, None, oldest.capability, oldest.specific, False))
+    host = emission.host_source(geometry, target, program, images, regimes, few_tokens)
+    (work / "host.cc").write_text(host, encoding="utf-8")
+    for name in ("driver.h",):
+        (work / name).write_text((package_folder("templates") / "cuda" / name).read_text(encoding="utf-8"), encoding="utf-8")
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        building = beside.submit(_compile_host, work, target.arch, toolchain.include_folders)
+        compiled = nvidia.compile_kernels(program.source, architectures, work, ptx_for=oldest, toolchain=toolchain)
+        codes = {image.name: cubin.code for image, cubin in zip(images[:-1], compiled.cubins, strict=True)}
+        embedding.embed(codes | {PTX: compiled.ptx.encode()}, work, target.arch)
+        building.result()
+    _link(work, out, target.arch)
+    return Library(program, compiled)
+
+
+def _image(one: Architecture) -> Image:
+    return Image(one.name, one.capability, None, one.specific, one.tegra)
+
+
+def _compile_host(work: pathlib.Path, arch: str, folders: Sequence[pathlib.Path]) -> None:
+    includes = [f"-I{path}" for path in (*tvm_ffi.libinfo.include_paths(), *folders)]
+    options = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DTVM_FFI_CUBIN_LAUNCHER_USE_DRIVER_API=1"]
+    _run([*cxx_for(arch), *options, *includes, "-c", "host.cc", "-o", "host.o"], work, "compiling the generated host")
+
+
+def _link(work: pathlib.Path, out: pathlib.Path, arch: str) -> None:
+    exports = package_folder("templates") / "llvm" / "exports.map"
+    command = [*cxx_for(arch), "-shared", "host.o", "images.o", "-o", str(out.resolve()), f"-Wl,--version-script={exports}", "-Wl,-s"]
+    command += [f"-L{pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-Wl,--no-undefined"]
+    _run([*command, "-ltvm_ffi", "-static-libstdc++", "-static-libgcc", "-ldl", "-lpthread"], work, "linking the library")
+
+
+def _run(command: list[str], work: pathlib.Path, what: str) -> None:
+    done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{what} failed: {first_error(done.stdout)}")

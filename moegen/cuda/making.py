@@ -1,0 +1,87 @@
+"""Filling an artifact's folder for CUDA: library, sources, machine code to look at, and what the manifest says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from . import emission, library
+from .planning import CudaPlan, versions
+
+KERNELS = "kernels.cu"
+PTX = "kernels.ptx"
+
+
+def cubin_of(architecture: str) -> str:
+    """Name of the file with the machine code for an architecture."""
+    return f"kernels.{architecture}.cubin"
+
+
+def fill(folder: pathlib.Path, todo: CudaPlan, stages: Mapping[str, Any], work: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
+    """Makes the library `out` and keeps in `folder` what it was made of.
+
+    Args:
+        stages: name -> tensors of the plan's module.
+        work: an empty folder.
+
+    Returns:
+        The part of the manifest that only CUDA has, or has otherwise.
+
+    Raises:
+        BuildError: a compiler is missing or fails.
+        ScheduleError: knobs are illegal.
+    """
+    made = library.make(stages, todo.geometry, todo.target, todo.knobs, todo.regimes, todo.few_tokens, work, out)
+    kept = [KERNELS, PTX, *(cubin_of(one.architecture.name) for one in made.compiled.cubins)]
+    for name in kept:
+        (work / name).rename(folder / name)
+    launches = {kernel.symbol: kernel for stage in made.program.stages.values() for kernel in stage.kernels}
+    return {
+        "tiling": {"rows": sorted({regime.rows for regime in todo.regimes})},
+        "regimes": [dataclasses.asdict(regime) for regime in todo.regimes],
+        "few_tokens": todo.few_tokens,
+        "knobs": {stage: dataclasses.asdict(knobs) for stage, knobs in todo.knobs.items()},
+        "max_tokens": emission.INT32_MAX // todo.config.top_k,
+        "functions": _functions(todo),
+        "stages": list(made.program.stages),
+        "versions": versions() | {"compiler": made.compiled.compiler},
+        "source_sha256": hashlib.sha256(todo.te_source.encode()).hexdigest(),
+        "resources": {
+            cubin.architecture.name: {
+                kernel: dataclasses.asdict(used)
+                | {
+                    "spilled_bytes": cubin.spilled_bytes[kernel],
+                    "threads": launches[kernel].threads if kernel in launches else used.max_threads,
+                    "dynamic_shared_bytes": launches[kernel].shared_bytes if kernel in launches else 0,
+                }
+                for kernel, used in cubin.resources.items()
+            }
+            for cubin in made.compiled.cubins
+        },
+    }
+
+
+def _functions(todo: CudaPlan) -> dict[str, list[str]]:
+    """Exported functions and their arguments; tensors are on the device of `weights`."""
+    c = todo.config
+    x, ids, weights = f"x {c.dtype} [T, {c.hidden}]", f"ids int32 [T, {c.top_k}]", f"routing_weights float32 [T, {c.top_k}]"
+    blob, workspace, unused = "weights uint8 [packed_bytes]", "workspace uint8 [>= moe_workspace_bytes(T)]", "0"
+    load, stats = f"load int32 [{c.experts}]", "stats float64 [4]: dropped, load-balancing, adaptive, z loss"
+    out = f"out {c.dtype} [T, {c.hidden}]"
+    optional = [f"{argument} | None" for argument in (ids, weights, load, stats)]
+    return {
+        "moe_forward": [x, f"x_router {c.dtype} [T, {c.hidden}] | None", out, blob, workspace, unused, *optional],
+        "moe_route": [x, blob, workspace, unused, ids, weights, load, stats],
+        "moe_experts": [x, ids, weights, out, blob, workspace, unused],
+        "moe_workspace_bytes": ["T int"],
+        "moe_pack": ["blob uint8 [packed_bytes]", "segment int", "expert int", "gate or weight [n, k]", "up [n, k] | None", unused],
+        "moe_empty": ["shape", "dtype", "device int"],
+        "moe_view": ["tensor", "shape"],
+        "moe_copy": ["to", "from", "device int"],
+        "moe_clear": ["tensor", "device int"],
+        "moe_prepare": ["device int"],
+        "moe_device_count": [],
+    }

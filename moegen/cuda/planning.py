@@ -1,0 +1,183 @@
+"""What a build for CUDA will do: everything that decides the artifact, in one value with one key."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import sources
+from ..config import MoEConfig, config_key
+from ..cuda_geometry import CudaGeometry
+from ..errors import BuildError, TargetError
+from ..schedules.cuda import few, tiling
+from ..target import ARCHS, Target, host_arch
+from ..version import __version__
+from . import emission
+from .architectures import parse
+from .emission import RowBlocks
+
+DEFAULT_GPU = "sm_90"
+MOST_FEW_TOKENS = 8
+SOURCES = ("templates/cuda/*", "templates/te/*", "schedules/cuda/*.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaPlan:
+    """Everything that decides what a build for CUDA produces; two plans with the same key give the same artifact.
+
+    Args:
+        geometry: the layer and how its weights are packed.
+        target: what it is compiled for.
+        te_source: the tensor-expression module.
+        knobs: stage -> `tiling.Tile` of a tiled product, `few.Knobs` of one for few tokens.
+        regimes: how many rows a row block has.
+        few_tokens: tokens up to which every choice reads its expert's weights itself.
+        edited: the module was edited by hand.
+        records: regime -> the tuning record that its choices come from.
+    """
+
+    geometry: CudaGeometry
+    target: Target
+    te_source: str
+    knobs: Mapping[str, Any]
+    regimes: tuple[RowBlocks, ...]
+    few_tokens: int
+    edited: bool = False
+    records: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def config(self) -> MoEConfig:
+        """The layer."""
+        return self.geometry.config
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of all inputs: configuration, target, knobs, sources and versions."""
+        parts = {
+            "config": config_key(self.config),
+            "target": self.target.to_dict(),
+            "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
+            "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
+            "few_tokens": self.few_tokens,
+            "te_source": self.te_source,
+            "own_sources": sources.digest(SOURCES),
+            "versions": versions(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Name of the artifact's folder."""
+        c = self.config
+        sizes = f"e{c.experts}-k{c.top_k}-h{c.hidden}-i{c.intermediate}"
+        arithmetic = f"{c.dtype}-tf32" if self.target.tf32 else c.dtype
+        return f"moe-{sizes}-{arithmetic}-{c.gating}-{c.activation}-{self.target.slug}-{self.key[:10]}".replace("_", "-")
+
+
+def plan(config: MoEConfig, gpus: str | Sequence[str] | None = None, *, tf32: bool = False, arch: str | None = None) -> CudaPlan:
+    """What building `config` for CUDA would do.
+
+    Args:
+        gpus: architectures such as `sm_90`, several as a list or parted by commas; None for `sm_90`.
+        tf32: multiply float32 on tensor cores, rounded to 10 bits of mantissa.
+        arch: architecture of the machine around the device; None for this one.
+
+    Raises:
+        TargetError: an architecture is unknown, or the layer is one that CUDA cannot do yet.
+    """
+    target = resolve_target(gpus, tf32=tf32, arch=arch)
+    _check(config, target)
+    geometry = CudaGeometry(config)
+    text = emission.te_source(geometry, target, tiling.ROWS)
+    return CudaPlan(geometry, target, text, default_knobs(geometry, tiling.ROWS), default_regimes(tiling.ROWS), few_tokens(config))
+
+
+def plan_from_source(
+    path: str | os.PathLike[str], gpus: str | Sequence[str] | None = None, *, tf32: bool = False, arch: str | None = None
+) -> CudaPlan:
+    """What building an edited TE module would do; the configuration is read from the file.
+
+    Raises:
+        BuildError: the file cannot be read or has no CONFIG and TILING.
+    """
+    file = pathlib.Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = {
+            node.targets[0].id: ast.literal_eval(node.value)
+            for node in ast.parse(text).body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("CONFIG", "TILING")
+        }
+        config, rows = MoEConfig.from_dict(values["CONFIG"]), values["TILING"]["rows"]
+        if not (isinstance(rows, list) and rows and all(isinstance(r, int) and r in tiling.ROWS for r in rows)):
+            raise TypeError(f"TILING['rows'] must be a list out of {', '.join(map(str, tiling.ROWS))}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BuildError(f"{str(file)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise BuildError(f"{file.name} is not a valid TE module: {error or type(error).__name__}") from error
+    except (KeyError, TypeError) as error:
+        raise BuildError(f"{file.name} is no TE module emitted for cuda: CONFIG or TILING is missing or incomplete ({error})") from error
+    target = resolve_target(gpus, tf32=tf32, arch=arch)
+    _check(config, target)
+    geometry = CudaGeometry(config)
+    knobs = default_knobs(geometry, rows)
+    return CudaPlan(geometry, target, text, knobs, default_regimes(rows), few_tokens(config), edited=True)
+
+
+def resolve_target(gpus: str | Sequence[str] | None = None, *, tf32: bool = False, arch: str | None = None) -> Target:
+    """The target for these architectures.
+
+    Raises:
+        TargetError: an architecture is unknown.
+    """
+    if arch is not None and arch not in {host_arch(), *ARCHS}:
+        raise TargetError(f"arch={arch!r} must be one of {', '.join(ARCHS)}")
+    names = DEFAULT_GPU if gpus is None else gpus
+    wanted = parse(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
+    found = tuple(one.name for one in wanted)
+    return Target("cuda", "-".join(found), arch or host_arch(), (), (), 0, 0, found, tf32)
+
+
+def _check(config: MoEConfig, target: Target) -> None:
+    if config.low_bit or config.activation_dtype != "same":
+        stored = config.weight_dtype if config.low_bit else f"activation_dtype={config.activation_dtype}"
+        raise TargetError(f"weight_dtype: weights in few bits ({stored}) are for --target llvm; cuda takes float32, float16 and bfloat16")
+    if target.tf32 and config.dtype != "float32":
+        raise TargetError(f"tf32 is for float32 layers, and this one is {config.dtype}")
+
+
+def default_knobs(geometry: CudaGeometry, rows: Sequence[int]) -> dict[str, Any]:
+    """What is chosen when nothing was tuned."""
+    item_bytes = geometry.item_bytes
+    router = tiling.default(emission.ROUTER_ROWS, geometry.router, item_bytes)
+    found: dict[str, Any] = {f"router_{emission.ROUTER_ROWS}": router, "router_few": few.Knobs()}
+    for name, product in geometry.products.items():
+        if name == "router":
+            continue
+        if name != "shared_down":  # which is a part of down_few
+            found[f"{name}_few"] = few.Knobs()
+        found |= {f"{name}_{height}": tiling.default(height, product, item_bytes) for height in rows}
+    return found
+
+
+def default_regimes(rows: Sequence[int]) -> tuple[RowBlocks, ...]:
+    """The next height of row blocks begins where the one before would be filled half again."""
+    heights = sorted(rows)
+    return (*(RowBlocks(height * 3 // 2, height) for height in heights[:-1]), RowBlocks(None, heights[-1]))
+
+
+def few_tokens(config: MoEConfig) -> int:
+    """As long as choices mostly have experts of their own; where capacity drops choices, somebody has to count them."""
+    return 0 if config.capacity_factor is not None else max(1, min(MOST_FEW_TOKENS, config.experts // config.top_k))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the machine code, but for NVIDIA's compiler, which the manifest names."""
+    return {"moegen": __version__, **{name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}}

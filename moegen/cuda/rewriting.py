@@ -1,0 +1,111 @@
+"""Carrying out on scheduled TIR what CUDA schedules ask for and schedule primitives cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Range
+from tvm.s_tir import SBlock, SBlockRealize
+
+from ..schedules.cuda.rewrites import LeaveEarly, Multiply, Rewrite, ScatterRows
+
+
+def rewrite(function: Any, wishes: Iterable[Rewrite]) -> Any:
+    """`function` with each of `wishes` carried out in turn."""
+    for wish in wishes:
+        match wish:
+            case Multiply():
+                function = _multiply(function, wish)
+            case ScatterRows():
+                function = _scatter_rows(function)
+            case LeaveEarly():
+                function = _leave_early(function, wish)
+    return function
+
+
+def _multiply(function: Any, wish: Multiply) -> Any:
+    def visit(block: Any) -> Any:
+        if block.name_hint != wish.block:
+            return block
+        store, first = _first_iteration(block.body)
+        store = _substituted(store, first)
+        product = store.value.b
+        factors = [factor.value if isinstance(factor, tirx.Cast) else factor for factor in (product.a, product.b)]
+        operands = [store.buffer[tuple(store.indices)], *factors]
+        call = tirx.call_extern("void", wish.function, *map(tirx.address_of, operands))
+        return _with_body(block, tirx.Evaluate(call))
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (SBlock, visit)))
+
+
+def _first_iteration(body: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The innermost statement of a nest, and its variables with their values in the first iteration."""
+    values: list[tuple[Any, Any]] = []
+    while isinstance(body, tirx.For | SBlockRealize):
+        if isinstance(body, tirx.For):
+            values.append((body.loop_var, body.min))
+            body = body.body
+        else:
+            inner = body.block
+            values += [
+                (var.var, _substituted(value, values)) for var, value in zip(inner.iter_vars, body.iter_values, strict=True)
+            ]
+            body = inner.body
+    return body, values
+
+
+def _substituted(node: Any, values: list[tuple[Any, Any]]) -> Any:
+    def replace(var: Any) -> Any:
+        return next((value for known, value in values if var.same_as(known)), var)
+
+    return tvm_ffi.structural_map(node, (tirx.Var, replace))
+
+
+def _scatter_rows(function: Any) -> Any:
+    """The last parameter, `output`, becomes `y`."""
+    output, slot = function.params[-1], next(p for p in function.params if p.name == "slot")
+    y = tirx.decl_buffer((tirx.Var("R", "int64"), output.shape[2]), output.dtype, "y")
+    everywhere = tirx.BufferRegion(y, [Range(tirx.const(0, "int64"), extent) for extent in y.shape])
+
+    def store(old: Any) -> Any:
+        if not old.buffer.same_as(output):
+            return old
+        b, m, n = old.indices
+        kept = tirx.BufferStore(y, old.value, [slot[b, m].astype("int64"), n])
+        return tirx.IfThenElse(slot[b, m] >= 0, kept, None)
+
+    def declare(block: Any) -> Any:
+        writes = [everywhere if region.source.same_as(output) else region for region in block.writes]
+        if all(new is old for new, old in zip(writes, block.writes, strict=True)):
+            return block
+        fields = (block.init, block.alloc_buffers, block.match_buffers, block.annotations)
+        return SBlock(block.iter_vars, block.reads, writes, block.name_hint, block.body, *fields)
+
+    body = tvm_ffi.structural_map(function.body, [(tirx.BufferStore, store), (SBlock, declare)])
+    return tirx.PrimFunc([*function.params[:-1], y], body, function.ret_type, function.attrs)
+
+
+def _leave_early(function: Any, wish: LeaveEarly) -> Any:
+    """A call of the macro `moegen_leave_if` first in the body of the loops that are threads."""
+    expert = next(p for p in function.params if p.name == "expert")
+
+    def visit(loop: Any) -> Any:
+        thread = loop.thread_binding
+        if thread is None or thread.thread_tag != "threadIdx.x" or not isinstance(loop.body, tirx.SeqStmt):
+            return loop
+        leave = tirx.Evaluate(tirx.call_extern("void", "moegen_leave_if", expert[wish.loop] < 0))
+        body = tirx.SeqStmt([leave, *loop.body.seq])
+        return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, thread, loop.annotations)
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, visit)))
+
+
+def _with_body(block: Any, body: Any) -> Any:
+    fields = (block.init, block.alloc_buffers, block.match_buffers, block.annotations)
+    return SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, *fields)
+
+
+__all__ = ["rewrite"]

@@ -1,0 +1,41 @@
+"""What a CUDA schedule asks for that schedule primitives cannot express; `moegen.cuda.rewriting` carries it out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiply:
+    """Instead of the loops in a block that multiply a thread's rows with its columns: one call of a device function.
+
+    The threads of a warp do together, with the same rows and columns in shared memory and the same sums in registers, what each of
+    them would do alone.
+
+    Args:
+        block: name of the block whose body is replaced.
+        function: a device function of (sums, the thread's first row, its first column).
+    """
+
+    block: str
+    function: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ScatterRows:
+    """Instead of storing to `output` [B, M, n]: y[slot[b, m], n] of as many rows as there are choices, unless the slot is -1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaveEarly:
+    """A thread block whose row block has no expert (-1) has nothing to do.
+
+    Args:
+        loop: name of the variable of the loop over row blocks.
+    """
+
+    loop: Any
+
+
+Rewrite = Multiply | ScatterRows | LeaveEarly

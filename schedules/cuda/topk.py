@@ -1,0 +1,37 @@
+"""Scores, selection and weights: a thread block for each token, a thread for each expert or several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .rewrites import Rewrite
+
+MOST_THREADS = 256
+
+
+def apply(sch: Any, name: str, experts: int) -> list[Rewrite]:
+    """Every stage of a token in shared memory, its experts side by side; what is one number for all is reduced across the threads."""
+    threads = min(MOST_THREADS, max(32, 1 << (experts - 1).bit_length()))
+    blocks = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root", name))}
+    outputs = [stage for stage in blocks if stage.startswith("output")]
+    token, choice = sch.get_loops(blocks[min(outputs)])
+    sch.bind(token, "blockIdx.x")
+    _spread(sch, choice, threads)
+    for stage in reversed([stage for stage in blocks if stage not in outputs]):
+        block = blocks[stage]
+        for written in range(len(sch.get(block).writes)):
+            sch.set_scope(block, written, "shared")
+        sch.compute_at(block, token, preserve_unit_loops=True)
+        loops = sch.get_loops(block)[1:]
+        spatial = [loop for loop, var in zip(loops, sch.get(block).iter_vars, strict=True) if int(var.iter_type) == 0]
+        if len(spatial) > 1:
+            _spread(sch, spatial[1], threads)
+        else:
+            _spread(sch, loops[-1], threads)
+    return []
+
+
+def _spread(sch: Any, loop: Any, threads: int) -> None:
+    """Neighbouring iterations on neighbouring threads."""
+    _, thread = sch.split(loop, [None, threads])
+    sch.bind(thread, "threadIdx.x")
