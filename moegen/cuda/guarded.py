@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-_PROT_NONE, _PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
+_PROT_NONE, _PROT_READ_WRITE, _MAP_NORESERVE = 0, mmap.PROT_READ | mmap.PROT_WRITE, 0x4000
+_GUARD_BYTES = 16 << 20  # inaccessible on each side: address space, no memory
 _POISON = 0xFF  # NaN as any floating-point number, -1 as any integer
 
 
@@ -29,12 +30,12 @@ def device_array(shape: int | Sequence[int], dtype: Any, align: int = 16) -> np.
     room = -(-max(count, 1) // align) * align
     inner = -(-room // mmap.PAGESIZE) * mmap.PAGESIZE
     libc = _libc()
-    outer = inner + 2 * mmap.PAGESIZE
-    base = libc.mmap(None, outer, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    outer = inner + 2 * _GUARD_BYTES
+    base = libc.mmap(None, outer, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
     if base in (None, ctypes.c_void_p(-1).value):
         raise MemoryError(f"no memory for {outer} bytes")
-    libc.mprotect(base + mmap.PAGESIZE, inner, _PROT_READ_WRITE)
-    buffer = (ctypes.c_ubyte * room).from_address(base + mmap.PAGESIZE + inner - room)
+    libc.mprotect(base + _GUARD_BYTES, inner, _PROT_READ_WRITE)
+    buffer = (ctypes.c_ubyte * room).from_address(base + _GUARD_BYTES + inner - room)
     weakref.finalize(buffer, libc.munmap, base, outer)
     content = np.frombuffer(buffer, dtype=np.uint8)
     content[:] = _POISON

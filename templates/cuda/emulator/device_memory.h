@@ -13,10 +13,10 @@ class DeviceMemory {
  public:
   // The address of `bytes` that end, but for less than 256 bytes, at an inaccessible page; 0 when there is no memory.
   uint64_t Give(size_t bytes) {
-    size_t room = RoundUp(bytes, kAlign), inner = RoundUp(room, kPage), outer = inner + 2 * kPage;
+    size_t room = RoundUp(bytes, kAlign), inner = RoundUp(room, kPage), outer = inner + 2 * kGuard;
     void* base = mmap(nullptr, outer, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) return 0;
-    char* begin = static_cast<char*>(base) + kPage;
+    char* begin = static_cast<char*>(base) + kGuard;
     if (mprotect(begin, inner, PROT_READ | PROT_WRITE) != 0) return 0;
     begin += inner - room;
     std::memset(begin, 0xff, room);
@@ -56,12 +56,15 @@ class DeviceMemory {
   }
 
   // The first allocation after whose last byte something was written, in the bytes before the inaccessible page; 0 when all is well.
+  // What was written there is forgotten.
   uint64_t Overrun(size_t* bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [address, allocation] : given_) {
-      auto* at = reinterpret_cast<const unsigned char*>(address);
-      for (size_t i = allocation.bytes; i < RoundUp(allocation.bytes, kAlign); ++i) {
-        if (at[i] == 0xff) continue;
+      auto* begin = reinterpret_cast<unsigned char*>(address + allocation.bytes);
+      auto* end = reinterpret_cast<unsigned char*>(address + RoundUp(allocation.bytes, kAlign));
+      for (unsigned char* at = begin; at < end; ++at) {
+        if (*at == 0xff) continue;
+        std::memset(begin, 0xff, static_cast<size_t>(end - begin));
         *bytes = allocation.bytes;
         return address;
       }
@@ -75,7 +78,7 @@ class DeviceMemory {
   }
 
  private:
-  static constexpr size_t kAlign = 256, kPage = 4096;
+  static constexpr size_t kAlign = 256, kPage = 4096, kGuard = 16 << 20;
   static size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
   struct Allocation {

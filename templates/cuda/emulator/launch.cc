@@ -21,6 +21,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;  // of a fiber: its local arrays, and g++ overlays fewer of them than nvcc does
 constexpr size_t kPage = 4096;
+constexpr size_t kGuard = 16 << 20;
 constexpr size_t kArenaAlign = 1024;
 constexpr unsigned kGridLimit[] = {0x7fffffff, 0xffff, 0xffff};
 constexpr unsigned kBlockLimit[] = {1024, 1024, 64};
@@ -49,11 +50,11 @@ const Kernel* Find(const char* name) {
 
 // ---------------------------------------------------------------- workers
 
-// Memory with inaccessible pages on both sides.
+// Memory with inaccessible pages on both sides, enough of them for indices that are far off.
 class Mapping {
  public:
   explicit Mapping(size_t bytes) : bytes_(RoundUp(bytes, kPage)) {
-    void* all = mmap(nullptr, bytes_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* all = mmap(nullptr, bytes_ + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (all == MAP_FAILED) return;
     all_ = static_cast<char*>(all);
     if (mprotect(begin(), bytes_, PROT_READ | PROT_WRITE) != 0) Unmap();
@@ -63,16 +64,16 @@ class Mapping {
   Mapping& operator=(const Mapping&) = delete;
 
   explicit operator bool() const { return all_ != nullptr; }
-  char* begin() const { return all_ + kPage; }
+  char* begin() const { return all_ + kGuard; }
   char* end() const { return begin() + bytes_; }
   bool Guards(const void* address) const {
     auto* at = static_cast<const char*>(address);
-    return (at >= all_ && at < begin()) || (at >= end() && at < end() + kPage);
+    return (at >= all_ && at < begin()) || (at >= end() && at < end() + kGuard);
   }
 
  private:
   void Unmap() {
-    if (all_ != nullptr) munmap(all_, bytes_ + 2 * kPage);
+    if (all_ != nullptr) munmap(all_, bytes_ + 2 * kGuard);
     all_ = nullptr;
   }
   size_t bytes_;
