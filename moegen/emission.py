@@ -95,6 +95,27 @@ def host_source(geometry: Geometry, stages: Sequence[str], regimes: Sequence[Reg
     )
 
 
+def hopper_source(config: MoEConfig, values: Mapping[str, Any]) -> str:
+    """The readable Python module of one grouped product on Hopper: a function in TVM script, sizes as constants.
+
+    Args:
+        values: what `cuda/hopper.py.jinja` is rendered with beside the layer; `moegen/cuda/hopper.py` decides it.
+    """
+    text = (
+        _environment()
+        .get_template("cuda/hopper.py.jinja")
+        .render(
+            title=_title(config),
+            version=__version__,
+            config=config,
+            functions=_activation_functions(config),
+            call=GATED_CALLS[config.activation][1].format(gate="gate", up="up") if config.gated else f"{config.activation}(up)",
+            **values,
+        )
+    )
+    return re.sub(r"\n{2,}(?=def |@)", "\n\n\n", text)
+
+
 def _packed(geometry: Geometry) -> list[dict[str, Any]]:
     """How each segment is packed from matrices [n, k], in the order of the segments."""
     products = {"router": geometry.router}
@@ -129,9 +150,19 @@ def _title(config: MoEConfig) -> str:
 
 def _functions(config: MoEConfig) -> list[str]:
     """Names of the element-wise functions that the module uses, in the order in which they build on one another."""
-    wanted = {GATED_CALLS[config.activation][0] if config.gated else config.activation, "exp"}
-    if config.gating == "sigmoid":
-        wanted.add("sigmoid")
+    return _with_needs({_activation(config), "exp"} | ({"sigmoid"} if config.gating == "sigmoid" else set()))
+
+
+def _activation_functions(config: MoEConfig) -> list[str]:
+    """The same of the activation alone, on hardware that has `exp` and from it `sigmoid`."""
+    return [name for name in _with_needs({_activation(config)}) if name not in ("exp", "sigmoid")]
+
+
+def _activation(config: MoEConfig) -> str:
+    return GATED_CALLS[config.activation][0] if config.gated else config.activation
+
+
+def _with_needs(wanted: set[str]) -> list[str]:
     while missing := {n for name in wanted for n in NEEDS.get(name, ())} - wanted:
         wanted |= missing
     return [name for name in ORDER if name in wanted]
