@@ -99,7 +99,7 @@ def hopper_source(config: MoEConfig, values: Mapping[str, Any]) -> str:
     """The readable Python module of one grouped product on Hopper: a function in TVM script, sizes as constants.
 
     Args:
-        values: what `cuda/hopper.py.jinja` is rendered with beside the layer; `moegen/cuda/hopper.py` decides it.
+        values: what `cuda/hopper.py.jinja` is rendered with beside the layer; `moegen/hopper.py` decides it.
     """
     text = (
         _environment()

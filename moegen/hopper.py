@@ -8,11 +8,11 @@ import re
 import tempfile
 from typing import Any
 
-from ..compiler import load_module
-from ..config import MoEConfig
-from ..emission import hopper_source
-from ..errors import without_compiler
-from ..schedules.cuda import hopper
+from .compiler import load_module
+from .config import MoEConfig
+from .emission import hopper_source
+from .errors import without_compiler
+from .schedules.cuda import hopper
 
 try:
     import tvm
