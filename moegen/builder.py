@@ -25,11 +25,10 @@ from . import compiler, emission, objects, verification
 from .artifact import Artifact
 from .config import MoEConfig
 from .errors import ArtifactError, BuildError, MoegenError, VerificationError
-from .objects import first_error
 from .plan import Plan, plan, versions
 from .schedules import llvm
 from .target import host_arch
-from .toolchain import cxx_for
+from .toolchain import cxx_for, first_error
 
 INT32_MAX = 2**31 - 1
 

@@ -24,7 +24,7 @@ from .errors import BuildError
 from .paths import package_folder
 from .plan import Plan, own_sources, versions
 from .schedules import llvm
-from .toolchain import cxx_for
+from .toolchain import cxx_for, first_error
 
 HOST_FILES = ("pool.h", "stage.h", "pack.h", "exports.map")
 
@@ -117,9 +117,3 @@ def _kept(made: pathlib.Path, known: pathlib.Path | None) -> None:
         temporary = known.with_name(f".{known.name}.{os.getpid()}")
         shutil.copy(made, temporary)
         os.replace(temporary, known)
-
-
-def first_error(text: str) -> str:
-    """The line of a compiler's output that says what is wrong."""
-    errors = [line for line in text.splitlines() if "error" in line.lower()]
-    return (errors or text.strip().splitlines() or ["no output"])[0].strip()

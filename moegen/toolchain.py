@@ -37,3 +37,9 @@ def cxx_for(arch: str) -> list[str]:
         if not said.stdout.startswith(f"{arch}-"):
             raise BuildError(f"building for {arch} needs a C++ compiler for it: set CXX, for example to {arch}-linux-gnu-g++")
     return command
+
+
+def first_error(text: str) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    errors = [line for line in text.splitlines() if "error" in line.lower() or "fatal" in line.lower()]
+    return (errors or text.strip().splitlines() or ["no output"])[0].strip()

@@ -23,6 +23,7 @@ ORDER = (
     ("target",),
     ("machine",),
     ("toolchain",),
+    ("cuda",),
     ("geometry",),
     ("arrays",),
     ("safetensors",),
@@ -95,6 +96,13 @@ INSIDE = {
         ("shelf",),
         ("__init__",),
         ("command",),
+    ),
+    "cuda": (
+        ("architectures", "wheels", "nvrtc_program"),
+        ("cubins",),
+        ("nvidia",),
+        ("sass", "embedding"),
+        ("__init__",),
     ),
     "report": (
         ("readings",),
