@@ -22,6 +22,12 @@ except ModuleNotFoundError as error:
 
 ARCHITECTURE = "sm_90a"
 
+# NVRTC has no cuda.h, which is the host's; a kernel needs the size and alignment only.
+_PRELUDE = """#ifdef __CUDACC_RTC__
+struct alignas(128) CUtensorMap { unsigned long long opaque[16]; };
+#endif
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class HopperKernel:
@@ -32,7 +38,7 @@ class HopperKernel:
 
     Args:
         name: the kernel's, `extern "C"`.
-        source: CUDA C++ for `nvcc -gencode arch=compute_90a,code=sm_90a`; needs `cuda.h`.
+        source: CUDA C++ for `sm_90a`, by nvcc or NVRTC. Approximate division and flushed denormals are welcome.
         arguments: names in the order of the kernel's parameters. Tensor maps are passed by value; the other names are device
             pointers, but for `grid`. An argument of the layer that the kernel does not use has no parameter.
         tensor_maps: how those are encoded.
@@ -71,7 +77,9 @@ def hopper_kernel(config: MoEConfig, product: hopper.GroupedProduct, knobs: hopp
 def _values(product: hopper.GroupedProduct, knobs: hopper.Knobs, sizes: hopper.Layout) -> dict[str, Any]:
     constants = ("CONSUMERS", "PRODUCER_REGISTERS", "CONSUMER_REGISTERS", "SLAB_BYTES", "SLAB_COLUMNS", "STEP", "THREADS")
     short = hopper.DTYPES[product.dtype]
-    return {"product": product, "knobs": knobs, "sizes": sizes, "short": short} | {name: getattr(hopper, name) for name in constants}
+    return {"product": product, "knobs": knobs, "sizes": sizes, "short": short} | {
+        name: getattr(hopper, name) for name in constants
+    }
 
 
 def _device_source(function: Any, name: str) -> tuple[str, list[str]]:
@@ -96,4 +104,4 @@ def _device_source(function: Any, name: str) -> tuple[str, list[str]]:
         kernel = kernel.with_attr({"global_symbol": name, "tirx.launch_bounds_min_blocks_per_sm": 1})
         module = finish()(tvm.IRModule({name: kernel}))
         source = str(tvm.get_global_func("target.build.cuda")(module, target).inspect_source())
-    return source, [str(parameter.name) for parameter in kernel.params]
+    return _PRELUDE + source, [str(parameter.name) for parameter in kernel.params]

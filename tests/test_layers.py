@@ -43,6 +43,7 @@ ORDER = (
     ("schedules",),
     ("intrinsics", "rewriting"),
     ("compiler",),
+    ("hopper",),
     ("choices",),
     ("records",),
     ("plan",),
@@ -120,6 +121,7 @@ INIT = ("paths", "version")  # what `import moegen` itself loads; the other name
 RUNTIME_NEVER = {
     "emission",
     "compiler",
+    "hopper",
     "intrinsics",
     "rewriting",
     "plan",
@@ -133,7 +135,7 @@ RUNTIME_NEVER = {
 RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
-    "tvm": {"compiler", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
+    "tvm": {"compiler", "hopper", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"report.drawing"},
     "PIL": {"report.drawing"},
