@@ -86,7 +86,13 @@ def build(
 
 
 def plan_for(
-    config: MoEConfig, target: str = "llvm", mcpu: str | None = None, arch: str | None = None, *, tuning: bool = True, tf32: bool = False
+    config: MoEConfig,
+    target: str = "llvm",
+    mcpu: str | None = None,
+    arch: str | None = None,
+    *,
+    tuning: bool = True,
+    tf32: bool = False,
 ) -> Plan | CudaPlan:
     """What building `config` with these arguments of `build` would do.
 

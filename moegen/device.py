@@ -134,7 +134,8 @@ class DevicePacker(Packer):
     def _write(self, name: str, expert: int, *parts: HostArray | None) -> None:
         index, segment = self.segments[name]
         stored = [
-            readable(np.ascontiguousarray(arrays.to_storage(part, segment["dtype"]))) if part is not None else None for part in parts
+            readable(np.ascontiguousarray(arrays.to_storage(part, segment["dtype"]))) if part is not None else None
+            for part in parts
         ]
         present = [array for array in stored if array is not None]
         self.function(self.blob, index, expert, present[0], present[1] if len(present) > 1 else None, self.pool)

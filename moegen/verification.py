@@ -21,9 +21,9 @@ from .arrays import HostArray
 from .artifact import Artifact, check_loadable, open_artifact
 from .checkpoints import from_quantized
 from .config import MoEConfig, weight_shapes
+from .device import DeviceModule
 from .orientation import Matrix
 from .quantization import quantize
-from .device import DeviceModule
 from .routing import Routing
 from .runtime import Module, module_of
 from .weights import WeightSource

@@ -34,7 +34,9 @@ def kernels(folder: pathlib.Path) -> Emulated:
     return Emulated(SOURCE, folder)
 
 
-def _gather_gemm(kernels: Emulated, rng: np.random.Generator, sizes: tuple[int, int, int, int], fault: int = 0, **how: Any) -> float:
+def _gather_gemm(
+    kernels: Emulated, rng: np.random.Generator, sizes: tuple[int, int, int, int], fault: int = 0, **how: Any
+) -> float:
     """The largest error of y[m, n] = x[rows[m]] . w[n], relative to the result's rms; NaN when there is one."""
     tokens, count, columns, depth = sizes
     x = on_device(rng.standard_normal((tokens, depth)).astype(ml_dtypes.bfloat16))
@@ -118,7 +120,10 @@ def test_shuffled_orders_find_a_missing_barrier(kernels: Emulated) -> None:
 
 
 REFUSED = {
-    0: (32, r"kernel refuse, block \(0, 0, 0\), thread \(0, 0, 0\): writes to address .*: 0 bytes after the end of argument 0, float32\[8\]"),
+    0: (
+        32,
+        r"kernel refuse, block \(0, 0, 0\), thread \(0, 0, 0\): writes to address .*: 0 bytes after the end of argument 0, float32\[8\]",
+    ),
     1: (1, "not a multiple of the vector's size"),
     2: (64, r"threads of one block wait at different barriers: some in line \d+, this one in line \d+"),
     3: (96, "deadlock: 64 of 96 threads have ended and the others wait for ever: 32 at bar.sync 1"),
@@ -261,7 +266,9 @@ print(check(cuda.cuMemFree_v2(values), 1))
 
 def test_driver(folder: pathlib.Path) -> None:
     """A process of its own with the emulated driver: copies, launches, and errors as the driver reports them."""
-    done = subprocess.run([sys.executable, "-c", DRIVER], env=environment(SOURCE, folder), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], env=environment(SOURCE, folder), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "132 emulated sm_90"

@@ -60,7 +60,12 @@ def lower(
         scheduled[name] = rewriting.rewrite(sch.mod[name], wishes)
     seen = _Seen()
     target = tvm.target.Target(_TARGET, host="llvm")
-    with target, tvm.transform.PassContext(config={"tirx.use_async_copy": 1}, instruments=[seen.instrument], disabled_pass=["tirx.CommonSubexprElim"]):
+    with (
+        target,
+        tvm.transform.PassContext(
+            config={"tirx.use_async_copy": 1}, instruments=[seen.instrument], disabled_pass=["tirx.CommonSubexprElim"]
+        ),
+    ):
         executable = tvm.compile(tvm.IRModule(scheduled), target=target)
     source = _wide_offsets(str(executable.mod.imports[0].inspect_source()))
     types = _types(source)
@@ -84,9 +89,7 @@ def stage_of(function: str) -> str:
     return stage if rows.isdigit() else function
 
 
-def _apply(
-    sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], most_shared_bytes: int, tf32: bool
-) -> Any:
+def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], most_shared_bytes: int, tf32: bool) -> Any:
     stage = stage_of(name)
     item_bytes = geometry.item_bytes
     if stage != name:
@@ -165,7 +168,9 @@ def _wide_offsets(source: str) -> str:
     """TVM's copy functions take offsets of 32 bits, which weights of more than 2**31 bytes overflow."""
     made, count = _COPY.subn(r"\1int64_t\2", source)
     if count != source.count("void ptx_cp_async_legacy"):
-        raise BuildError("TVM's asynchronous copies have another form than the one that moegen knows: apache-tvm is not the pinned one")
+        raise BuildError(
+            "TVM's asynchronous copies have another form than the one that moegen knows: apache-tvm is not the pinned one"
+        )
     return made
 
 

@@ -92,7 +92,16 @@ def _compile_host(work: pathlib.Path, arch: str, folders: Sequence[pathlib.Path]
 
 def _link(work: pathlib.Path, out: pathlib.Path, arch: str) -> None:
     exports = package_folder("templates") / "llvm" / "exports.map"
-    command = [*cxx_for(arch), "-shared", "host.o", "images.o", "-o", str(out.resolve()), f"-Wl,--version-script={exports}", "-Wl,-s"]
+    command = [
+        *cxx_for(arch),
+        "-shared",
+        "host.o",
+        "images.o",
+        "-o",
+        str(out.resolve()),
+        f"-Wl,--version-script={exports}",
+        "-Wl,-s",
+    ]
     command += [f"-L{pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-Wl,--no-undefined"]
     _run([*command, "-ltvm_ffi", "-static-libstdc++", "-static-libgcc", "-ldl", "-lpthread"], work, "linking the library")
 

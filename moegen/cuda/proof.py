@@ -64,7 +64,9 @@ def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> 
             raise BuildError(f"the kernels cannot be emulated: {error}") from error
         job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
         command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
-        done = subprocess.run(command, input=job, env=around, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, input=job, env=around, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
+        )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise BuildError(f"the emulated proof broke off: {said}")

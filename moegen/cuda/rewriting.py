@@ -86,9 +86,7 @@ def _first_iteration(body: Any) -> tuple[Any, list[tuple[Any, Any]]]:
             body = body.body
         else:
             inner = body.block
-            values += [
-                (var.var, _substituted(value, values)) for var, value in zip(inner.iter_vars, body.iter_values, strict=True)
-            ]
+            values += [(var.var, _substituted(value, values)) for var, value in zip(inner.iter_vars, body.iter_values, strict=True)]
             body = inner.body
     return body, values
 

@@ -69,7 +69,13 @@ def _preprocessed(source: str, cxx: list[str], arch: str) -> str:
     found = re.fullmatch(r"sm_(\d+)([a-z]?)", arch)
     if found is None:
         raise EmulationError(f"arch is {arch!r}: take a name such as sm_80 or sm_90a")
-    defined = {"__CUDACC__": "1", "__CUDACC_VER_MAJOR__": "13", "__CUDACC_VER_MINOR__": "0", "__NVCC__": "1", "__CUDA_ARCH__": f"{found[1]}0"}
+    defined = {
+        "__CUDACC__": "1",
+        "__CUDACC_VER_MAJOR__": "13",
+        "__CUDACC_VER_MINOR__": "0",
+        "__NVCC__": "1",
+        "__CUDA_ARCH__": f"{found[1]}0",
+    }
     defined["MOEGEN_EMULATED"] = "1"
     if found[2] == "a":
         defined[f"__CUDA_ARCH_FEAT_SM{found[1]}_ALL"] = "1"
@@ -246,7 +252,9 @@ class _Rewriter:
         closing = self._closing(at)
         parts = self._parts(at + 1, closing, ":")
         text = self._string(*parts[0])
-        operands = [self._operand(*part) for i in (1, 2) if i < len(parts) for part in self._parts(*parts[i], ",") if self._text(*part)]
+        operands = [
+            self._operand(*part) for i in (1, 2) if i < len(parts) for part in self._parts(*parts[i], ",") if self._text(*part)
+        ]
         self.count += 1
         self._replace(statement(self._numbered(text, operands), tuple(o for _, o in operands), self.count), closing + 1)
 
