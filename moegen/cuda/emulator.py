@@ -85,7 +85,8 @@ class Emulated:
         self.kernels = {kernel.name: kernel for kernel in self._found()}
 
     def _found(self) -> list[Kernel]:
-        found, at = [], _Kernel()
+        found: list[Kernel] = []
+        at = _Kernel()
         while self._library.moegen_emulator_kernel(len(found), ctypes.byref(at)):
             kinds = []
             for i in range(at.parameters):
