@@ -44,7 +44,12 @@ class Kernel:
 
 
 class _Kernel(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("parameters", ctypes.c_int), ("max_threads", ctypes.c_int), ("static_shared", ctypes.c_int)]
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("parameters", ctypes.c_int),
+        ("max_threads", ctypes.c_int),
+        ("static_shared", ctypes.c_int),
+    ]
 
 
 class _Launch(ctypes.Structure):
@@ -83,7 +88,8 @@ class Emulated:
         self.kernels = {kernel.name: kernel for kernel in self._found()}
 
     def _found(self) -> list[Kernel]:
-        found, at = [], _Kernel()
+        found: list[Kernel] = []
+        at = _Kernel()
         while self._library.moegen_emulator_kernel(len(found), ctypes.byref(at)):
             kinds = []
             for i in range(at.parameters):
@@ -126,13 +132,10 @@ class Emulated:
             raise EmulationError(f"kernel {name} has {len(kernel.parameters)} parameters, {len(args)} arguments were given")
         held = [_passed(kernel, i, arg) for i, arg in enumerate(args)]
         addresses = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(value) for value in held))
-        request = _Launch(
-            name.encode(), _three(grid), _three(block), shared_bytes, threads, ORDERS.index(order), seed, addresses
-        )
+        request = _Launch(name.encode(), _three(grid), _three(block), shared_bytes, threads, ORDERS.index(order), seed, addresses)
         message, fault = ctypes.create_string_buffer(_MESSAGE_BYTES), ctypes.c_void_p()
         if self._library.moegen_emulator_launch(ctypes.byref(request), message, _MESSAGE_BYTES, ctypes.byref(fault)):
             raise EmulationError(message.value.decode(errors="replace") + _nearest(fault.value, args))
-
 
     def tensor_map(self, array: np.ndarray[Any, np.dtype[Any]], box: Sequence[int], swizzle_bytes: int = 0) -> bytes:
         """A `CUtensorMap` argument, as cuTensorMapEncodeTiled makes it.

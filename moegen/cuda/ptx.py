@@ -76,7 +76,11 @@ _RULES: tuple[tuple[str, str, bool], ...] = (
     (rf"ldmatrix\.sync\.aligned\.m8n8\.x[124]\.trans\.{_SHARED}\.b16", "LdMatrix<true>", True),
     (rf"stmatrix\.sync\.aligned\.m8n8\.x[124]\.{_SHARED}\.b16", "StMatrix<false>", False),
     (rf"stmatrix\.sync\.aligned\.m8n8\.x[124]\.trans\.{_SHARED}\.b16", "StMatrix<true>", False),
-    (r"mma\.sync\.aligned\.m16n8k(?P<k>16|8)\.row\.col\.f32\.(?P<element>f16|bf16)\.(?P=element)\.f32", "Mma<{element}, {k}>", False),
+    (
+        r"mma\.sync\.aligned\.m16n8k(?P<k>16|8)\.row\.col\.f32\.(?P<element>f16|bf16)\.(?P=element)\.f32",
+        "Mma<{element}, {k}>",
+        False,
+    ),
     (r"mma\.sync\.aligned\.m16n8k(?P<k>8|4)\.row\.col\.f32\.(?P<element>tf32)\.tf32\.f32", "Mma<{element}, {k}>", False),
     (rf"mbarrier\.init\.{_SHARED}\.b64", "MbarrierInit", False),
     (rf"mbarrier\.inval\.{_SHARED}\.b64", "MbarrierInval", False),
@@ -99,7 +103,7 @@ _RULES: tuple[tuple[str, str, bool], ...] = (
     (r"bar\.warp\.sync", "BarWarpSync", False),
     (r"(?:membar|fence|prefetchu?|applypriority|discard|griddepcontrol)(?:\.[\w:]+)*", "Nothing", False),
     (r"createpolicy\.fractional\.L2::\w+\.b64", "CreatePolicy", False),
-    (r"nanosleep\.u32", "Nothing", False),
+    (r"nanosleep\.u32", "Sleep", False),
     (r"trap", "Trap", False),
 )
 _COMPILED = tuple((re.compile(pattern), function, last) for pattern, function, last in _RULES)
@@ -177,7 +181,9 @@ def _declared(index: int, operand: Operand) -> str:
     if operand.written:
         return f"auto&& ptx_{index} = ({operand.expression});"
     if operand.constraint not in "hrlfdn":
-        raise EmulationError(f"asm operand {operand.expression}: constraint {operand.constraint!r} is not known, take one of h r l f d n")
+        raise EmulationError(
+            f"asm operand {operand.expression}: constraint {operand.constraint!r} is not known, take one of h r l f d n"
+        )
     return f"const auto ptx_{index} = ::emulator::ptx::Take{operand.constraint.upper()}({operand.expression});"
 
 
