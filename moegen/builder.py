@@ -24,7 +24,7 @@ from . import artifact as artifacts
 from . import compiler, emission, objects, verification
 from .artifact import Artifact
 from .config import MoEConfig
-from .cuda import making, planning
+from .cuda import making, planning, proof
 from .cuda.planning import CudaPlan
 from .errors import ArtifactError, BuildError, MoegenError, TargetError, VerificationError
 from .plan import Plan, plan, versions
@@ -86,7 +86,13 @@ def build(
 
 
 def plan_for(
-    config: MoEConfig, target: str = "llvm", mcpu: str | None = None, arch: str | None = None, *, tuning: bool = True, tf32: bool = False
+    config: MoEConfig,
+    target: str = "llvm",
+    mcpu: str | None = None,
+    arch: str | None = None,
+    *,
+    tuning: bool = True,
+    tf32: bool = False,
 ) -> Plan | CudaPlan:
     """What building `config` with these arguments of `build` would do.
 
@@ -192,7 +198,9 @@ def _prove(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
         artifacts.check_loadable(unproven)
     except ArtifactError as error:
         return {"status": "skipped", "reason": f"this machine cannot run the module: {error}"}
-    report = verification.verify(unproven)
+    report = proof.prove(unproven) if unproven.target.kind == "cuda" else verification.verify(unproven)
+    if report["status"] == "skipped":
+        return report
     if report["status"] != "passed":
         raise VerificationError(f"the compiled module is wrong and was thrown away: {report['failures'][0]}")
     return report

@@ -131,9 +131,19 @@ def title(config: MoEConfig) -> str:
 
 def functions(config: MoEConfig) -> list[str]:
     """Names of the element-wise functions that the module uses, in the order in which they build on one another."""
-    wanted = {GATED_CALLS[config.activation][0] if config.gated else config.activation, "exp"}
-    if config.gating == "sigmoid":
-        wanted.add("sigmoid")
+    return _with_needs({_activation(config), "exp"} | ({"sigmoid"} if config.gating == "sigmoid" else set()))
+
+
+def activation_functions(config: MoEConfig) -> list[str]:
+    """The same of the activation alone, on hardware that has `exp` and from it `sigmoid`."""
+    return [name for name in _with_needs({_activation(config)}) if name not in ("exp", "sigmoid")]
+
+
+def _activation(config: MoEConfig) -> str:
+    return GATED_CALLS[config.activation][0] if config.gated else config.activation
+
+
+def _with_needs(wanted: set[str]) -> list[str]:
     while missing := {n for name in wanted for n in NEEDS.get(name, ())} - wanted:
         wanted |= missing
     return [name for name in ORDER if name in wanted]

@@ -22,8 +22,8 @@ from .arrays import HostArray
 from .artifact import MANIFEST, Artifact, check_loadable, find_artifact, open_artifact
 from .calls import Calls
 from .config import MoEConfig
-from .errors import ArtifactError, InputError
 from .device import DeviceModule
+from .errors import ArtifactError, InputError
 from .packing import Packer, readable
 from .routing import Routing, routing_of
 from .target import usable_processors
@@ -62,7 +62,9 @@ def load(
     if path is None:
         artifact = find_artifact(store, target, **fields)
     elif fields or target:
-        raise ArtifactError(f"give either a path or fields to search for, not both ({', '.join([*fields, *(['target'] if target else [])])})")
+        raise ArtifactError(
+            f"give either a path or fields to search for, not both ({', '.join([*fields, *(['target'] if target else [])])})"
+        )
     else:
         artifact = open_artifact(path)
     check_loadable(artifact)

@@ -16,6 +16,7 @@ ORDER = (
     ("errors",),
     ("version",),
     ("paths",),
+    ("sources",),
     ("storage", "hf_source"),
     ("hf_quantization",),
     ("hf",),
@@ -36,7 +37,8 @@ ORDER = (
     ("reference",),
     ("packing",),
     ("artifact",),
-    ("calls",),
+    ("calls", "routing"),
+    ("device",),
     ("runtime",),
     ("verification",),
     ("emission",),
@@ -99,10 +101,18 @@ INSIDE = {
         ("command",),
     ),
     "cuda": (
-        ("architectures", "wheels", "nvrtc_program"),
+        ("architectures", "device_count", "kernels", "ptx", "wheels", "nvrtc_program"),
         ("cubins",),
         ("nvidia",),
-        ("sass", "embedding"),
+        ("sass", "embedding", "translation"),
+        ("native",),
+        ("emulated_driver", "emulator", "guarded"),
+        ("emission",),
+        ("hopper", "planning", "rewriting"),
+        ("compiler",),
+        ("library",),
+        ("making",),
+        ("proof", "emulated_proof"),
         ("__init__",),
     ),
     "report": (
@@ -119,8 +129,10 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
 RUNTIME_NEVER = {
+    "cuda",
     "emission",
     "compiler",
+    "hopper",
     "intrinsics",
     "rewriting",
     "plan",
@@ -134,7 +146,7 @@ RUNTIME_NEVER = {
 RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
-    "tvm": {"compiler", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
+    "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"report.drawing"},
     "PIL": {"report.drawing"},
@@ -146,7 +158,7 @@ FOREIGN_ONLY_IN = {
     "ml_dtypes": set(),
     "xgboost": {"tune.search"},
 }
-SCHEDULES_MAY = {"config", "errors", "geometry", "target", "schedules"}
+SCHEDULES_MAY = {"config", "cuda_geometry", "errors", "geometry", "target", "schedules"}
 
 
 def _sources() -> dict[str, pathlib.Path]:

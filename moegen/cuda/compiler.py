@@ -60,7 +60,12 @@ def lower(
         scheduled[name] = rewriting.rewrite(sch.mod[name], wishes)
     seen = _Seen()
     target = tvm.target.Target(_TARGET, host="llvm")
-    with target, tvm.transform.PassContext(config={"tirx.use_async_copy": 1}, instruments=[seen.instrument], disabled_pass=["tirx.CommonSubexprElim"]):
+    with (
+        target,
+        tvm.transform.PassContext(
+            config={"tirx.use_async_copy": 1}, instruments=[seen.instrument], disabled_pass=["tirx.CommonSubexprElim"]
+        ),
+    ):
         executable = tvm.compile(tvm.IRModule(scheduled), target=target)
     source = _wide_offsets(str(executable.mod.imports[0].inspect_source()))
     types = _types(source)
@@ -84,16 +89,14 @@ def stage_of(function: str) -> str:
     return stage if rows.isdigit() else function
 
 
-def _apply(
-    sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], most_shared_bytes: int, tf32: bool
-) -> Any:
+def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], most_shared_bytes: int, tf32: bool) -> Any:
     stage = stage_of(name)
     item_bytes = geometry.item_bytes
     if stage != name:
         product = geometry.products[stage]
         tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes)
         schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
-        return schedules.product.apply(sch, name, product, tile, item_bytes, tf32)
+        return schedules.product.apply(sch, name, product, tile, item_bytes, tf32 and stage != "router")  # whose near ties decide
     if name.endswith("_few"):
         return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes)
     if name == "topk":
@@ -165,7 +168,9 @@ def _wide_offsets(source: str) -> str:
     """TVM's copy functions take offsets of 32 bits, which weights of more than 2**31 bytes overflow."""
     made, count = _COPY.subn(r"\1int64_t\2", source)
     if count != source.count("void ptx_cp_async_legacy"):
-        raise BuildError("TVM's asynchronous copies have another form than the one that moegen knows: apache-tvm is not the pinned one")
+        raise BuildError(
+            "TVM's asynchronous copies have another form than the one that moegen knows: apache-tvm is not the pinned one"
+        )
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pprint
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import emission
@@ -133,6 +133,29 @@ def host_source(
 def dispatch_source(config: MoEConfig) -> str:
     """The kernel that sorts choices into row blocks."""
     return emission.environment().get_template("cuda/dispatch.cu.jinja").render(config=config)
+
+
+def hopper_source(config: MoEConfig, values: Mapping[str, Any]) -> str:
+    """The readable Python module of one grouped product on Hopper: a function in TVM script, sizes as constants.
+
+    Args:
+        values: what `cuda/hopper.py.jinja` is rendered with beside the layer; `hopper` decides it.
+    """
+    text = (
+        emission.environment()
+        .get_template("cuda/hopper.py.jinja")
+        .render(
+            title=emission.title(config),
+            version=__version__,
+            config=config,
+            functions=emission.activation_functions(config),
+            call=emission.GATED_CALLS[config.activation][1].format(gate="gate", up="up")
+            if config.gated
+            else f"{config.activation}(up)",
+            **values,
+        )
+    )
+    return re.sub(r"\n{2,}(?=def |@)", "\n\n\n", text)
 
 
 def _segment(geometry: CudaGeometry, segment: Segment) -> dict[str, Any]:

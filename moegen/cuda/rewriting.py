@@ -8,7 +8,7 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Range
-from tvm.s_tir import SBlock, SBlockRealize
+from tvm.s_tir import MatchBufferRegion, SBlock, SBlockRealize
 
 from ..schedules.cuda.rewrites import LeaveEarly, Multiply, Rewrite, ScatterRows
 
@@ -31,14 +31,50 @@ def _multiply(function: Any, wish: Multiply) -> Any:
         if block.name_hint != wish.block:
             return block
         store, first = _first_iteration(block.body)
-        store = _substituted(store, first)
-        product = store.value.b
+        product = _substituted(store, first).value.b
         factors = [factor.value if isinstance(factor, tirx.Cast) else factor for factor in (product.a, product.b)]
-        operands = [store.buffer[tuple(store.indices)], *factors]
-        call = tirx.call_extern("void", wish.function, *map(tirx.address_of, operands))
-        return _with_body(block, tirx.Evaluate(call))
+        # Accesses say what they read and write, and of shared memory all that the threads together do: TVM places barriers and
+        # shares memory by that.
+        sums, rows, columns = (_region(block, buffer) for buffer in (store.buffer, *(factor.source for factor in factors)))
+        warp = tirx.floordiv(columns[2].min, wish.column_warps) * wish.column_warps
+        parts = [
+            _matched(store.buffer, sums),
+            _matched(factors[0].source, [rows[0], *_whole(factors[0].source, 1, 4), rows[4]]),
+            _matched(
+                factors[1].source,
+                [*columns[:2], Range.from_min_extent(warp, _i64(wish.column_warps)), *_whole(factors[1].source, 3, 6), columns[6]],
+            ),
+        ]
+        pointers = [part.buffer.access_ptr("rw" if i == 0 else "r") for i, part in enumerate(parts)]
+        call = tirx.Evaluate(tirx.call_extern("void", wish.function, *pointers))
+        reads = [part.source for part in parts]
+        fields = (block.init, block.alloc_buffers, parts, block.annotations)
+        return SBlock(block.iter_vars, reads, block.writes, block.name_hint, call, *fields)
 
     return function.with_body(tvm_ffi.structural_map(function.body, (SBlock, visit)))
+
+
+def _region(block: Any, buffer: Any) -> list[Any]:
+    return list(next(r.region for r in (*block.writes, *block.reads) if r.source.same_as(buffer)))
+
+
+def _whole(buffer: Any, first: int, end: int) -> list[Any]:
+    return [Range.from_min_extent(_i64(0), extent) for extent in buffer.shape[first:end]]
+
+
+def _matched(buffer: Any, region: list[Any]) -> Any:
+    """A part of `buffer` as a buffer of its own that begins there."""
+    name = f"{buffer.name}_part"
+    strides = [tirx.Var(f"{name}_{i}", "int64") for i in range(len(region))]
+    own = tirx.decl_buffer(
+        [r.extent for r in region], buffer.dtype, name, strides=strides, elem_offset=tirx.Var(f"{name}_at", "int64"),
+        scope=buffer.scope(), offset_factor=1,
+    )  # fmt: skip
+    return MatchBufferRegion(own, tirx.BufferRegion(buffer, region))
+
+
+def _i64(value: int) -> Any:
+    return tirx.const(value, "int64")
 
 
 def _first_iteration(body: Any) -> tuple[Any, list[tuple[Any, Any]]]:
@@ -50,9 +86,7 @@ def _first_iteration(body: Any) -> tuple[Any, list[tuple[Any, Any]]]:
             body = body.body
         else:
             inner = body.block
-            values += [
-                (var.var, _substituted(value, values)) for var, value in zip(inner.iter_vars, body.iter_values, strict=True)
-            ]
+            values += [(var.var, _substituted(value, values)) for var, value in zip(inner.iter_vars, body.iter_values, strict=True)]
             body = inner.body
     return body, values
 
@@ -68,7 +102,7 @@ def _scatter_rows(function: Any) -> Any:
     """The last parameter, `output`, becomes `y`."""
     output, slot = function.params[-1], next(p for p in function.params if p.name == "slot")
     y = tirx.decl_buffer((tirx.Var("R", "int64"), output.shape[2]), output.dtype, "y")
-    everywhere = tirx.BufferRegion(y, [Range(tirx.const(0, "int64"), extent) for extent in y.shape])
+    everywhere = tirx.BufferRegion(y, [Range(_i64(0), extent) for extent in y.shape])
 
     def store(old: Any) -> Any:
         if not old.buffer.same_as(output):
@@ -101,11 +135,6 @@ def _leave_early(function: Any, wish: LeaveEarly) -> Any:
         return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, thread, loop.annotations)
 
     return function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, visit)))
-
-
-def _with_body(block: Any, body: Any) -> Any:
-    fields = (block.init, block.alloc_buffers, block.match_buffers, block.annotations)
-    return SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, *fields)
 
 
 __all__ = ["rewrite"]

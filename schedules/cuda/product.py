@@ -69,7 +69,7 @@ def apply(sch: Any, name: str, product: Product, tile: Tile, item_bytes: int, tf
         sch.annotate(step, "software_pipeline_order", [0, 1, 2])
         sch.annotate(step, "software_pipeline_async_stages", [0])
     outer = sch.blockize(sums[1])
-    wishes: list[Rewrite] = [Multiply(str(sch.get(outer).name_hint), _function(product, tile, item_bytes, tf32))]
+    wishes: list[Rewrite] = [Multiply(str(sch.get(outer).name_hint), _function(product, tile, item_bytes, tf32), tile.column_warps)]
     parameters = {p.name for p in sch.mod[name].params}
     if "slot" in parameters:
         wishes.append(ScatterRows())
@@ -79,12 +79,12 @@ def apply(sch: Any, name: str, product: Product, tile: Tile, item_bytes: int, tf
 
 
 def _function(product: Product, tile: Tile, item_bytes: int, tf32: bool) -> str:
-    """The device function, with its sizes: fragments of 16 rows and of 8 columns, parts, and strides in elements."""
+    """The device function with its sizes: a warp's fragments of 16 rows and of 8 columns, parts, warps across, terms, stride."""
     function = FUNCTIONS.get((product.dtype, tf32))
     if function is None:
         raise ScheduleError(f"tf32 is for float32 layers, not {product.dtype}")
     stride = tile.terms + COPY_BYTES // item_bytes
-    sizes = (tile.thread_rows // 2, tile.thread_columns // 2, product.parts, tile.terms, stride, tile.columns * stride)
+    sizes = (tile.thread_rows // 2, tile.thread_columns // 2, product.parts, tile.column_warps, tile.terms, stride)
     return f"{function}<{', '.join(map(str, sizes))}>"
 
 

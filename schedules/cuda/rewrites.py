@@ -15,11 +15,13 @@ class Multiply:
 
     Args:
         block: name of the block whose body is replaced.
-        function: a device function of (sums, the thread's first row, its first column).
+        function: a device function of (sums of the thread, rows and columns of the thread block's stage in shared memory).
+        column_warps: warps side by side, whose columns are one dimension of the columns in shared memory.
     """
 
     block: str
     function: str
+    column_warps: int
 
 
 @dataclasses.dataclass(frozen=True)

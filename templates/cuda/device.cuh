@@ -9,7 +9,7 @@
 
 namespace moegen {
 
-__device__ __forceinline__ unsigned SharedAddress(const void* pointer) {
+__device__ __forceinline__ unsigned SharedOffset(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
@@ -55,15 +55,16 @@ struct Tf32 {
   }
 };
 
-// One stage of a warp's tile: `rows` and `columns` are the first row and column of this thread's own.
-template <typename Type, int kRowTiles, int kColumnTiles, int kParts, int kTerms, int kStride, int kPartStride, typename Element>
+// One stage of a warp's tile; `rows` and `columns` are the thread block's.
+template <typename Type, int kRowTiles, int kColumnTiles, int kParts, int kColumnWarps, int kTerms, int kStride, typename Element>
 __device__ __forceinline__ void MultiplyStage(float* sums, const Element* rows, const Element* columns) {
   static_assert(sizeof(Element) == Type::kBytes, "rows of another type");
   constexpr int kFragments = kParts * kColumnTiles;  // of 8 columns
   static_assert(kFragments % 2 == 0, "ldmatrix reads two fragments of columns");
-  const int lane = threadIdx.x, row = lane % 8, matrix = lane / 8;
-  const unsigned first_row = SharedAddress(rows - (lane / 4) * kStride);
-  const unsigned first_column = SharedAddress(columns - (lane % 4) * 2 * kStride);
+  constexpr int kPartStride = kColumnWarps * kColumnTiles * 8 * kStride;
+  const int lane = threadIdx.x, row = lane % 8, matrix = lane / 8, warp = threadIdx.y;
+  const unsigned first_row = SharedOffset(rows + warp / kColumnWarps * kRowTiles * 16 * kStride);
+  const unsigned first_column = SharedOffset(columns + warp % kColumnWarps * kColumnTiles * 8 * kStride);
   // Of the four matrices of 16 rows the second has the lower rows, the last two the next 16 bytes of terms.
   const unsigned row_at = first_row + ((matrix % 2 * 8 + row) * kStride) * Type::kBytes + matrix / 2 * 16;
 #pragma unroll
@@ -93,9 +94,12 @@ __device__ __forceinline__ void MultiplyStage(float* sums, const Element* rows, 
 }
 
 // The same in float32: each thread its own rows and columns, four terms at a time.
-template <int kRowTiles, int kColumnTiles, int kParts, int kTerms, int kStride, int kPartStride>
+template <int kRowTiles, int kColumnTiles, int kParts, int kColumnWarps, int kTerms, int kStride>
 __device__ __forceinline__ void MultiplyExactly(float* sums, const float* rows, const float* columns) {
-  constexpr int kRows = 2 * kRowTiles, kColumns = 2 * kColumnTiles;
+  constexpr int kRows = 2 * kRowTiles, kColumns = 2 * kColumnTiles, kPartStride = kColumnWarps * kColumnTiles * 8 * kStride;
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  rows += (warp / kColumnWarps * kRowTiles * 16 + lane / 4) * kStride;
+  columns += (warp % kColumnWarps * kColumnTiles * 8 + lane % 4 * 2) * kStride;
 #pragma unroll 2
   for (int k = 0; k < kTerms; k += 4) {
     float4 a[kRows];

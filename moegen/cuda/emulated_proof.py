@@ -1,0 +1,19 @@
+"""`python -m moegen.cuda.emulated_proof`, in a process with an emulated driver: {"path", "seed", "tokens"} in, the report out."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from .. import verification
+from ..artifact import open_artifact
+
+
+def main() -> None:
+    """Reads a job from standard input and writes the report to standard output, both JSON."""
+    job = json.load(sys.stdin)
+    json.dump(verification.verify(open_artifact(job["path"]), job["seed"], tokens=job["tokens"]), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

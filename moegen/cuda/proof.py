@@ -1,0 +1,72 @@
+"""The numerical proof of a module for CUDA: on a device where there is one, otherwise with its kernels' source emulated.
+
+Emulated, the artifact runs as it is, with its own host code, above a driver whose kernels are the same CUDA source compiled for
+this processor, thread by thread (`emulator`). That proves indices, data movement, barriers, tensor-core fragments and arithmetic;
+what it cannot prove is NVIDIA's compiler and hardware.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from .. import verification
+from ..artifact import Artifact
+from ..config import MoEConfig
+from ..errors import BuildError, EmulationError
+from . import emulated_driver, making
+from .device_count import devices
+
+EMULATED_MULTIPLY_ADDS = 1.5e9  # of a whole proof: some ten seconds
+TOKENS = (0, 1, 2, 17, 100)
+MOST_PACKED_BYTES = 4 << 30
+
+
+def prove(artifact: Artifact, seed: int | None = None) -> dict[str, Any]:
+    """The report of `verification.verify`, with `executed` saying where it ran; or `status` "skipped" and the reason.
+
+    Raises:
+        BuildError: the emulated proof breaks off.
+    """
+    if devices():
+        return verification.verify(artifact, seed) | {"executed": "on the device"}
+    if int(artifact.manifest["packed_bytes"]) > MOST_PACKED_BYTES:
+        return {"status": "skipped", "reason": "there is no CUDA device here, and the layer's weights are too large to emulate one"}
+    cases = emulated_cases(artifact.config)
+    if not cases:
+        return {"status": "skipped", "reason": "there is no CUDA device here, and the layer is too large to emulate one"}
+    return _emulated(artifact, seed, cases)
+
+
+def emulated_cases(config: MoEConfig) -> tuple[int, ...]:
+    """Numbers of tokens whose emulation takes seconds; few if the layer is large."""
+    per_row = config.hidden * config.intermediate * (3 if config.gated else 2)
+    left, taken = EMULATED_MULTIPLY_ADDS / len(verification.ROUTINGS) / 2, []
+    for tokens in TOKENS:
+        rows = tokens * config.top_k if tokens <= 2 else tokens * config.top_k + 16 * min(config.experts, tokens * config.top_k)
+        left -= rows * per_row + tokens * config.hidden * (config.experts + 3 * config.shared_intermediate)
+        if left < 0:
+            break
+        taken.append(tokens)
+    return tuple(taken) if len(taken) > 1 else ()
+
+
+def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> dict[str, Any]:
+    source = (artifact.path / making.KERNELS).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            around = emulated_driver.environment(source, pathlib.Path(folder), arch=artifact.target.gpus[0])
+        except EmulationError as error:
+            raise BuildError(f"the kernels cannot be emulated: {error}") from error
+        job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
+        command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
+        done = subprocess.run(command, input=job, env=around, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BuildError(f"the emulated proof broke off: {said}")
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report | {"executed": f"emulated {artifact.target.gpus[0]}"}
