@@ -13,12 +13,12 @@ from ..paths import package_folder
 from ..toolchain import cxx
 from .translation import translate
 
-_RUNTIME = ("launch", "scheduler", "copies", "matrix")
-_COMMON = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-march=native", "-pthread", "-w")
+_RUNTIME = ("launch", "scheduler", "copies", "matrix", "bulk", "wgmma")
+_COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-march=native", "-pthread", "-w")
 # The running fiber is looked up at every turn, which has to be one load.
-_FIBERS = (*_COMMON, "-ftls-model=initial-exec")
+_FIBERS = (*_COMMON, "-O3", "-ftls-model=initial-exec")
 # Products and sums stay apart unless the source says fma; buffers of bytes are read as any type, as TVM's code does.
-_KERNELS = (*_FIBERS, "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-exceptions")
+_KERNELS = (*_FIBERS, "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-exceptions")
 _SAID_CHARACTERS = 4000
 _WHY = "emulating CUDA needs a C++ compiler"
 
@@ -71,7 +71,7 @@ def driver(folder: pathlib.Path) -> pathlib.Path:
     made = folder / f"driver-{_digest(common)}" / "libcuda.so.1"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
-        _link([*command, *_COMMON, "-shared", "-Wl,-soname,libcuda.so.1", str(here / "driver.cc"), "-ldl"], made)
+        _link([*command, *_COMMON, "-O1", "-shared", "-Wl,-soname,libcuda.so.1", str(here / "driver.cc"), "-ldl"], made)
     return made.parent
 
 
