@@ -96,7 +96,7 @@ def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any]
         product = geometry.products[stage]
         tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes)
         schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
-        return schedules.product.apply(sch, name, product, tile, item_bytes, tf32)
+        return schedules.product.apply(sch, name, product, tile, item_bytes, tf32 and stage != "router")  # whose near ties decide
     if name.endswith("_few"):
         return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes)
     if name == "topk":

@@ -88,7 +88,8 @@ class Emulated:
         self.kernels = {kernel.name: kernel for kernel in self._found()}
 
     def _found(self) -> list[Kernel]:
-        found, at = [], _Kernel()
+        found: list[Kernel] = []
+        at = _Kernel()
         while self._library.moegen_emulator_kernel(len(found), ctypes.byref(at)):
             kinds = []
             for i in range(at.parameters):
@@ -135,7 +136,6 @@ class Emulated:
         message, fault = ctypes.create_string_buffer(_MESSAGE_BYTES), ctypes.c_void_p()
         if self._library.moegen_emulator_launch(ctypes.byref(request), message, _MESSAGE_BYTES, ctypes.byref(fault)):
             raise EmulationError(message.value.decode(errors="replace") + _nearest(fault.value, args))
-
 
     def tensor_map(self, array: np.ndarray[Any, np.dtype[Any]], box: Sequence[int], swizzle_bytes: int = 0) -> bytes:
         """A `CUtensorMap` argument, as cuTensorMapEncodeTiled makes it.

@@ -15,9 +15,9 @@ import tvm_ffi.libinfo
 from ..cuda_geometry import CudaGeometry
 from ..errors import BuildError
 from ..paths import package_folder
+from ..schedules.cuda.hopper import ARCHITECTURE, SUFFIX
 from ..target import Target
 from ..toolchain import cxx_for, first_error
-from ..schedules.cuda.hopper import ARCHITECTURE, SUFFIX
 from . import compiler, embedding, emission, hopper, nvidia
 from .architectures import KNOWN, Architecture, parse
 from .emission import Image, RowBlocks

@@ -154,9 +154,7 @@ def resolve_target(gpus: str | Sequence[str] | None = None, *, tf32: bool = Fals
 def _check(config: MoEConfig, target: Target) -> None:
     if config.low_bit or config.activation_dtype != "same":
         stored = config.weight_dtype if config.low_bit else f"activation_dtype={config.activation_dtype}"
-        raise TargetError(
-            f"weight_dtype: weights in few bits ({stored}) are for --target llvm; cuda takes float32, float16 and bfloat16"
-        )
+        raise TargetError(f"few bits ({stored}) are for --target llvm; cuda takes weights of float32, float16 and bfloat16")
     if target.tf32 and config.dtype != "float32":
         raise TargetError(f"tf32 is for float32 layers, and this one is {config.dtype}")
 

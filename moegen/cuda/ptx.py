@@ -103,7 +103,7 @@ _RULES: tuple[tuple[str, str, bool], ...] = (
     (r"bar\.warp\.sync", "BarWarpSync", False),
     (r"(?:membar|fence|prefetchu?|applypriority|discard|griddepcontrol)(?:\.[\w:]+)*", "Nothing", False),
     (r"createpolicy\.fractional\.L2::\w+\.b64", "CreatePolicy", False),
-    (r"nanosleep\.u32", "Nothing", False),
+    (r"nanosleep\.u32", "Sleep", False),
     (r"trap", "Trap", False),
 )
 _COMPILED = tuple((re.compile(pattern), function, last) for pattern, function, last in _RULES)

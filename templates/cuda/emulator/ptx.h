@@ -404,6 +404,10 @@ template <class D>
 inline void CreatePolicy(D& d) {
   Put(d, uint64_t{0});
 }
+template <class T>
+inline void Sleep(T) {
+  Yield();
+}
 [[noreturn]] inline void Trap() { Fail("trap"); }
 
 }  // namespace emulator::ptx
