@@ -32,6 +32,8 @@ def apply(sch: Any, name: str, experts: int) -> list[Rewrite]:
 
 
 def _spread(sch: Any, loop: Any, threads: int) -> None:
-    """Neighbouring iterations on neighbouring threads."""
+    """Neighbouring iterations on neighbouring threads; of a single one, all do the same."""
+    if int(sch.get(loop).extent) == 1:
+        return
     _, thread = sch.split(loop, [None, threads])
     sch.bind(thread, "threadIdx.x")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays import HostArray
-from ...runtime import load
+from ...runtime import Module, load
 from .family import Family, Settings
 from .roster import DENSE, OURS
 
