@@ -28,6 +28,17 @@ def cubin_of(architecture: str, source: str = KERNELS) -> str:
     return f"{source.removesuffix('.cu')}.{architecture}.cubin"
 
 
+def sources(folder: pathlib.Path) -> list[str]:
+    """The CUDA C++ of an artifact, in one or two files that are compiled each by itself: Hopper's own kernels come second."""
+    return [path.read_text(encoding="utf-8") for name in (KERNELS, HOPPER) if (path := folder / name).is_file()]
+
+
+def cubins(folder: pathlib.Path, architecture: str) -> list[bytes]:
+    """The machine code of these for an architecture."""
+    names = (cubin_of(architecture), cubin_of(architecture, HOPPER))
+    return [path.read_bytes() for name in names if (path := folder / name).is_file()]
+
+
 def fill(folder: pathlib.Path, todo: CudaPlan, stages: Mapping[str, Any], work: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
     """Makes the library `out` and keeps in `folder` what it was made of.
 

@@ -63,9 +63,7 @@ def emulated_cases(config: MoEConfig, regimes: Sequence[Mapping[str, Any]] = ())
 
 
 def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> dict[str, Any]:
-    source, *own = [
-        path.read_text(encoding="utf-8") for name in (making.KERNELS, making.HOPPER) if (path := artifact.path / name).is_file()
-    ]
+    source, *own = making.sources(artifact.path)
     arch = ARCHITECTURE if own else artifact.target.gpus[0]
     with tempfile.TemporaryDirectory() as folder:
         try:
