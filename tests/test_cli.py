@@ -214,6 +214,7 @@ def test_build_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "verify": False,
         "force": True,
         "tuning": True,
+        "tf32": False,
         "jobs": 3,
     }
 
