@@ -102,7 +102,7 @@ def plan_for(
     if target == "cuda":
         if mcpu is not None:
             raise TargetError(f"mcpu={mcpu!r} is for target llvm: of cuda, say the devices' architecture (arch)")
-        return planning.plan(config, arch, tf32=tf32)
+        return planning.plan(config, arch, tf32=tf32, tuned=tuning)
     if tf32:
         raise TargetError(f"tf32 is for target cuda, not {target!r}")
     return plan(config, target, mcpu, arch=arch, tuned=tuning)

@@ -14,8 +14,8 @@ import click
 from ..choices import REGIMES
 from ..config import MoEConfig
 from ..display import as_json_text, brief
-from ..errors import ConfigError
-from ..options import check_target, layer_options, take_given, wanted_layers
+from ..errors import ConfigError, TargetError
+from ..options import layer_options, take_given, wanted_layers
 from . import shelf
 
 if TYPE_CHECKING:
@@ -95,12 +95,15 @@ def _layer(options: dict[str, Any], model: str | None, preset: str | None) -> Mo
 
 
 def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, options: dict[str, Any]) -> None:
-    check_target(target)
+    if target == "cuda" and options["rpc"]:
+        raise TargetError(
+            "--rpc measures on processors only so far: for target cuda, run `moegen tune` on the machine with the device, "
+            "and take its records along with --export and --import"
+        )
     places = _places(options)
-    from .. import compiler  # here, because `moegen --help` needs no compiler
-    from . import session, stand
+    from . import kinds, session, stand  # here, because `moegen --help` needs no compiler
 
-    resolved = compiler.resolve_target(target, mcpu, arch)
+    resolved = kinds.resolve(target, mcpu, arch)
     asked = session.Request(
         config,
         resolved,

@@ -53,6 +53,11 @@ MOEGEN_FORWARD(cuMemcpyAsync, (CUdeviceptr to, CUdeviceptr from, size_t bytes, C
 MOEGEN_FORWARD(cuMemcpy2DAsync, (const CUDA_MEMCPY2D* copy, CUstream stream), (copy, stream))
 MOEGEN_FORWARD(cuMemsetD8Async, (CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream), (to, value, bytes, stream))
 MOEGEN_FORWARD(cuStreamSynchronize, (CUstream stream), (stream))
+MOEGEN_FORWARD(cuEventCreate, (CUevent * event, unsigned flags), (event, flags))
+MOEGEN_FORWARD(cuEventRecord, (CUevent event, CUstream stream), (event, stream))
+MOEGEN_FORWARD(cuEventSynchronize, (CUevent event), (event))
+MOEGEN_FORWARD(cuEventElapsedTime, (float* ms, CUevent begin, CUevent end), (ms, begin, end))
+MOEGEN_FORWARD(cuEventDestroy, (CUevent event), (event))
 
 // What the launcher says of errors, which it may have to where there is no driver to ask.
 extern "C" CUresult CUDAAPI cuGetErrorName(CUresult error, const char** text) {
