@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,5 +106,10 @@ def _period(point: _Point) -> int:
     return math.lcm(len(point.inputs), len(point.pair.blobs))
 
 
+def pair(job: Mapping[str, Any], folder: pathlib.Path) -> _Pair:
+    """What a job measures, with the weights of a workload."""
+    return _Pair(job["artifacts"], folder, int(job["copies"]))
+
+
 if __name__ == "__main__":
-    main(lambda job, folder: _Pair(job["artifacts"], folder, int(job["copies"])))
+    main(pair)

@@ -6,7 +6,6 @@ layer, and never tune one.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from ..config import MoEConfig
@@ -93,7 +92,6 @@ def check_here(config: MoEConfig, target: Target) -> None:
         raise MeasureError(f"{size(needed)} of weights do not fit on the {here.name}, which has {size(here.memory_bytes)}")
 
 
-@functools.cache
 def _here() -> Device:
     found = hardware.device()
     if found is None:

@@ -1,7 +1,7 @@
 // libcuda.so.1 without a device: the part of the driver's interface that compiled layers use, on top of emulated kernels.
 //
-// Machine code that is loaded is ignored; kernels come from the library named by $MOEGEN_EMULATED_KERNELS. Every call has done its
-// work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
+// Machine code that is loaded is ignored; its kernels come from the library that $MOEGEN_EMULATED_KERNELS names meanwhile. Every call has
+// done its work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
 // $MOEGEN_EMULATED_THREADS how many threads run blocks, $MOEGEN_EMULATED_ORDER (ascending, descending, shuffled) and
 // $MOEGEN_EMULATED_SEED in which order threads run. Structures and numbers are those of the driver's interface.
 #include <dlfcn.h>
@@ -78,7 +78,10 @@ Result Give(Out* out, Value value) {
 
 // ---------------------------------------------------------------- kernels
 
+struct Library;
+
 struct Function {
+  const Library* library;
   std::string name;
   int max_threads = 0, static_shared = 0, parameters = 0;
   int max_dynamic = static_cast<int>(kPlainShared);
@@ -93,11 +96,12 @@ struct Library {
 
 Result Open(Library** out) {
   static std::mutex mutex;
-  static Library* library = nullptr;  // one for the process: every image that is loaded has the same kernels
+  static auto* libraries = new std::map<std::string, Library*>;  // by their paths: an image has the kernels of when it is loaded
   std::lock_guard<std::mutex> lock(mutex);
+  const char* path = std::getenv("MOEGEN_EMULATED_KERNELS");
+  if (path == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
+  Library*& library = (*libraries)[path];
   if (library == nullptr) {
-    const char* path = std::getenv("MOEGEN_EMULATED_KERNELS");
-    if (path == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
     auto* opened = new Library;
     opened->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (opened->handle == nullptr) return Refuse(kFileNotFound, dlerror());
@@ -106,7 +110,7 @@ Result Open(Library** out) {
     if (opened->kernel == nullptr || opened->launch == nullptr) return Refuse(kFileNotFound, std::string(path) + " has no kernels");
     MoegenKernel kernel;
     for (int i = 0; opened->kernel(i, &kernel) != 0; ++i) {
-      opened->functions[kernel.name] = {kernel.name, kernel.max_threads, kernel.static_shared, kernel.parameters};
+      opened->functions[kernel.name] = {opened, kernel.name, kernel.max_threads, kernel.static_shared, kernel.parameters};
     }
     library = opened;
   }
@@ -133,8 +137,6 @@ Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&bl
     return Refuse(kInvalidValue, "kernel " + function->name + " is launched with " + std::to_string(shared) +
                                      " bytes of dynamic shared memory, and its attribute allows " + std::to_string(function->max_dynamic));
   }
-  Library* library;
-  if (Result opened = Open(&library); opened != kSuccess) return opened;
   MoegenLaunch request{};
   request.kernel = function->name.c_str();
   for (int i = 0; i < 3; ++i) {
@@ -149,7 +151,7 @@ Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&bl
   request.arguments = parameters;
   char message[4096];
   const void* fault = nullptr;  // which address, when the message says that one was refused
-  if (library->launch(&request, message, sizeof message, &fault) != 0) return Refuse(kLaunchFailed, message);
+  if (function->library->launch(&request, message, sizeof message, &fault) != 0) return Refuse(kLaunchFailed, message);
   size_t bytes;
   if (Memory().Overrun(&bytes) == 0) return kSuccess;
   return Refuse(kLaunchFailed, "kernel " + function->name + " writes after the end of an allocation of " + std::to_string(bytes) + " bytes");
