@@ -135,12 +135,9 @@ class DevicePacker(Packer):
 
     def _write(self, name: str, expert: int, *parts: HostArray | None) -> None:
         index, segment = self.segments[name]
-        stored = [
-            readable(np.ascontiguousarray(arrays.to_storage(part, segment["dtype"]))) if part is not None else None
-            for part in parts
-        ]
-        present = [array for array in stored if array is not None]
-        self.function(self.blob, index, expert, present[0], present[1] if len(present) > 1 else None, self.pool)
+        stored = [np.ascontiguousarray(arrays.to_storage(part, segment["dtype"])) for part in parts if part is not None]
+        first, second = (*map(readable, stored), None)[:2]
+        self.function(self.blob, index, expert, first, second, self.pool)
 
     def _copy(self, name: str, values: npt.NDArray[np.float32]) -> None:
         index, _ = self.segments[name]
@@ -158,10 +155,10 @@ class _Rows(NamedTuple):
 class DeviceLayer:
     """A compiled layer with its weights in a CUDA device's memory.
 
-    Inputs are [T, H] or [batch, sequence, H] of the layer's dtype. torch tensors and other DLPack arrays on the layer's device go in
-    and come out without copies, on the caller's current stream (torch's own; for others the one of `tvm_ffi.use_raw_stream`), and
-    nothing waits for the device: such calls can be captured in a CUDA graph after a first one. Arrays in host memory are copied there
-    and back. The same input gives bitwise the same output with the same number of tokens.
+    Inputs are [T, H] or [batch, sequence, H] of the layer's dtype. torch tensors and other DLPack arrays on the layer's device go
+    in and come out without copies, on the caller's current stream (torch's own; for others the one of `tvm_ffi.use_raw_stream`),
+    and nothing waits for the device: such calls can be captured in a CUDA graph after a first one. Arrays in host memory are
+    copied there and back. The same input gives bitwise the same output with the same number of tokens.
     """
 
     def __init__(self, module: DeviceModule, packed: Any) -> None:

@@ -35,7 +35,7 @@ class Target:
         disabled: features of `mcpu` that this machine lacks and that are switched off.
         lanes: float32 lanes of a vector register.
         registers: number of vector registers.
-        gpus: for `cuda`, the architectures that there is machine code for (`sm_90`, ...); `arch` is that of the machine around them.
+        gpus: for `cuda`, the architectures that there is machine code for (`sm_90`, ...); `arch` is the machine's around them.
         tf32: for `cuda`, multiply float32 on tensor cores, rounded to 10 bits of mantissa.
     """
 

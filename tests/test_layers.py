@@ -116,7 +116,7 @@ INSIDE = {
         ("compiler",),
         ("library",),
         ("making",),
-        ("proof", "emulated_proof"),
+        ("listing", "proof", "emulated_proof"),
         ("__init__",),
     ),
     "report": (

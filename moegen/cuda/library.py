@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import pathlib
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,8 +69,7 @@ def make(
     images.append(Image(PTX, None, oldest.capability, oldest.specific, False))
     host = emission.host_source(geometry, target, program, images, regimes, few_tokens)
     (work / "host.cc").write_text(host, encoding="utf-8")
-    for name in ("driver.h",):
-        (work / name).write_text((package_folder("templates") / "cuda" / name).read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copy(package_folder("templates") / "cuda" / "driver.h", work)
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
         building = beside.submit(_compile_host, work, target.arch, toolchain.include_folders)
         compiled = nvidia.compile_kernels(program.source, architectures, work, ptx_for=oldest, toolchain=toolchain)
@@ -92,17 +92,8 @@ def _compile_host(work: pathlib.Path, arch: str, folders: Sequence[pathlib.Path]
 
 def _link(work: pathlib.Path, out: pathlib.Path, arch: str) -> None:
     exports = package_folder("templates") / "llvm" / "exports.map"
-    command = [
-        *cxx_for(arch),
-        "-shared",
-        "host.o",
-        "images.o",
-        "-o",
-        str(out.resolve()),
-        f"-Wl,--version-script={exports}",
-        "-Wl,-s",
-    ]
-    command += [f"-L{pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-Wl,--no-undefined"]
+    command = [*cxx_for(arch), "-shared", "host.o", "images.o", "-o", str(out.resolve()), "-Wl,-s", "-Wl,--no-undefined"]
+    command += [f"-Wl,--version-script={exports}", f"-L{pathlib.Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}"]
     _run([*command, "-ltvm_ffi", "-static-libstdc++", "-static-libgcc", "-ldl", "-lpthread"], work, "linking the library")
 
 

@@ -21,7 +21,8 @@ from .architectures import Architecture
 OLDEST_NVCC = (12, 0)  # cuLibraryLoadData and sm_90a begin there
 
 # -w: TVM's own preludes bring warnings along. ptxas reports what it spilled.
-OPTIONS = ("--std=c++17", "-w", "--ptxas-options=-O3", "--ptxas-options=-v")
+# ptxas spills a register or two for the sake of one more block on a multiprocessor, unless it is told to use them.
+OPTIONS = ("--std=c++17", "-w", "--ptxas-options=-O3", "--ptxas-options=-v", "--ptxas-options=--register-usage-level=10")
 # Wheel -> one of the headers that it is needed for, as kernels (and what they include) name it.
 HEADERS = {"nvidia-cuda-runtime": "cuda_bf16.h", "nvidia-cuda-crt": "crt/mma.h", "nvidia-cuda-cccl": "cuda/std/cstdint"}
 

@@ -120,7 +120,8 @@ def default_plan(config: MoEConfig, target: Target) -> CudaPlan:
     _check(config, target)
     geometry = CudaGeometry(config)
     text = emission.te_source(geometry, target, tiling.ROWS)
-    return CudaPlan(geometry, target, text, default_knobs(geometry, tiling.ROWS), default_regimes(tiling.ROWS), few_tokens(config))
+    knobs = default_knobs(geometry, target, tiling.ROWS)
+    return CudaPlan(geometry, target, text, knobs, default_regimes(tiling.ROWS), few_tokens(config))
 
 
 def _tuned(made: CudaPlan, logs: str | os.PathLike[str] | None) -> CudaPlan:
@@ -161,7 +162,7 @@ def plan_from_source(
     target = resolve_target(gpus, tf32=tf32, arch=arch)
     _check(config, target)
     geometry = CudaGeometry(config)
-    knobs = default_knobs(geometry, rows)
+    knobs = default_knobs(geometry, target, rows)
     return CudaPlan(geometry, target, text, knobs, default_regimes(rows), few_tokens(config), edited=True)
 
 
@@ -182,24 +183,22 @@ def resolve_target(gpus: str | Sequence[str] | None = None, *, tf32: bool = Fals
 def _check(config: MoEConfig, target: Target) -> None:
     if config.low_bit or config.activation_dtype != "same":
         stored = config.weight_dtype if config.low_bit else f"activation_dtype={config.activation_dtype}"
-        raise TargetError(
-            f"weight_dtype: weights in few bits ({stored}) are for --target llvm; cuda takes float32, float16 and bfloat16"
-        )
+        raise TargetError(f"few bits ({stored}) are for --target llvm; cuda takes weights of float32, float16 and bfloat16")
     if target.tf32 and config.dtype != "float32":
         raise TargetError(f"tf32 is for float32 layers, and this one is {config.dtype}")
 
 
-def default_knobs(geometry: CudaGeometry, rows: Sequence[int]) -> dict[str, Any]:
+def default_knobs(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -> dict[str, Any]:
     """What is chosen when nothing was tuned."""
-    item_bytes = geometry.item_bytes
-    router = tiling.default(emission.ROUTER_ROWS, geometry.router, item_bytes)
+    limits = (geometry.item_bytes, min(one.max_shared_bytes_per_block for one in parse(target.gpus)))
+    router = tiling.default(emission.ROUTER_ROWS, geometry.router, *limits)
     found: dict[str, Any] = {f"router_{emission.ROUTER_ROWS}": router, "router_few": few.Knobs()}
     for name, product in geometry.products.items():
         if name == "router":
             continue
         if name != "shared_down":  # which is a part of down_few
             found[f"{name}_few"] = few.Knobs()
-        found |= {f"{name}_{height}": tiling.default(height, product, item_bytes) for height in rows}
+        found |= {f"{name}_{height}": tiling.default(height, product, *limits) for height in rows}
     return found
 
 

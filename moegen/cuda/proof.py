@@ -1,8 +1,8 @@
 """The numerical proof of a module for CUDA: on a device where there is one, otherwise with its kernels' source emulated.
 
-Emulated, the artifact runs as it is, with its own host code, above a driver whose kernels are the same CUDA source compiled for this
-processor, thread by thread (`emulator`). That proves indices, data movement, barriers, tensor-core fragments and arithmetic; what it
-cannot prove is NVIDIA's compiler and hardware.
+Emulated, the artifact runs as it is, with its own host code, above a driver whose kernels are the same CUDA source compiled for
+this processor, thread by thread (`emulator`). That proves indices, data movement, barriers, tensor-core fragments and arithmetic;
+what it cannot prove is NVIDIA's compiler and hardware.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> 
             raise BuildError(f"the kernels cannot be emulated: {error}") from error
         job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
         command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
-        done = subprocess.run(
-            command, input=job, env=around, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run(command, input=job, env=around, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise BuildError(f"the emulated proof broke off: {said}")

@@ -108,6 +108,8 @@ def resolve(target: str, mcpu: str | None = None, arch: str | None = None, *, tf
         TargetError: it is unknown, or an argument is for another one.
     """
     if target != "cuda":
+        if tf32:
+            raise TargetError(f"tf32 is for target cuda, not {target!r}")
         return compiler.resolve_target(target, mcpu, arch)
     if mcpu is not None:
         raise TargetError(f"mcpu={mcpu!r} is for target llvm: of cuda, say the devices' architecture (arch)")

@@ -68,15 +68,19 @@ class Tile:
         return self.stages * (self.rows + parts * self.columns) * (self.terms * item_bytes + 16)
 
 
-def default(rows: int, product: Product, item_bytes: int) -> Tile:
-    """By the height of the row block; of wide types, half as many terms are a stage."""
+def default(rows: int, product: Product, item_bytes: int, most_shared_bytes: int) -> Tile:
+    """By the height of the row block; of wide types, half as many terms are a stage. As many stages as fit, up to what helps."""
     terms = 64 if item_bytes == 2 else 32
     wide = product.parts == 1 and product.n_padded % 128 == 0
     if rows == 16:
-        return Tile(16, 64 if product.parts == 1 else 32, terms, 4, 1, 4)
-    if rows == 64:
-        return Tile(64, 128 if wide else 64, terms, 3, 2, 2)
-    return Tile(rows, 128 if wide else 64, terms, 3, 4, 2) if rows == 128 else Tile(rows, 64, terms, 2, 1, 4)
+        tile = Tile(16, 64 if product.parts == 1 else 32, terms, 4, 1, 4)
+    elif rows == 64:
+        tile = Tile(64, 128, terms, 3, 2, 2) if wide else Tile(64, 64, terms, 4 if product.parts == 1 else 3, 2, 2)
+    else:
+        tile = Tile(128, 128 if wide else 64, terms, 3, 4, 2)
+    while tile.stages > 2 and tile.shared_bytes(product.parts, item_bytes) > most_shared_bytes:
+        tile = dataclasses.replace(tile, stages=tile.stages - 1)
+    return tile
 
 
 def check(tile: Tile, product: Product, item_bytes: int, most_shared_bytes: int) -> None:

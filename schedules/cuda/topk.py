@@ -10,7 +10,7 @@ MOST_THREADS = 256
 
 
 def apply(sch: Any, name: str, experts: int) -> list[Rewrite]:
-    """Every stage of a token in shared memory, its experts side by side; what is one number for all is reduced across the threads."""
+    """Every stage of a token in shared memory, its experts side by side; what is one number for all is reduced across threads."""
     threads = min(MOST_THREADS, max(32, 1 << (experts - 1).bit_length()))
     blocks = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root", name))}
     outputs = [stage for stage in blocks if stage.startswith("output")]
@@ -32,6 +32,8 @@ def apply(sch: Any, name: str, experts: int) -> list[Rewrite]:
 
 
 def _spread(sch: Any, loop: Any, threads: int) -> None:
-    """Neighbouring iterations on neighbouring threads."""
+    """Neighbouring iterations on neighbouring threads; of a single one, all do the same."""
+    if int(sch.get(loop).extent) == 1:
+        return
     _, thread = sch.split(loop, [None, threads])
     sch.bind(thread, "threadIdx.x")

@@ -16,6 +16,7 @@
 
 #include "device_memory.h"
 #include "launch.h"
+#include "tensor_map.h"
 
 namespace {
 
@@ -151,8 +152,11 @@ Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&bl
   request.arguments = parameters;
   char message[4096];
   const void* fault = nullptr;  // which address, when the message says that one was refused
-  if (function->library->launch(&request, message, sizeof message, &fault) != 0) return Refuse(kLaunchFailed, message);
   size_t bytes;
+  if (function->library->launch(&request, message, sizeof message, &fault) != 0) {
+    while (Memory().Overrun(&bytes) != 0) continue;  // said once is enough
+    return Refuse(kLaunchFailed, message);
+  }
   if (Memory().Overrun(&bytes) == 0) return kSuccess;
   return Refuse(kLaunchFailed, "kernel " + function->name + " writes after the end of an allocation of " + std::to_string(bytes) + " bytes");
 }
@@ -443,6 +447,13 @@ DRIVER cuMemsetD32_v2(Pointer to, unsigned value, size_t count) { return Fill(to
 DRIVER cuMemsetD8Async(Pointer to, unsigned char value, size_t count, void*) { return Fill(to, value, count); }
 DRIVER cuMemsetD16Async(Pointer to, unsigned short value, size_t count, void*) { return Fill(to, value, count); }
 DRIVER cuMemsetD32Async(Pointer to, unsigned value, size_t count, void*) { return Fill(to, value, count); }
+
+DRIVER cuTensorMapEncodeTiled(void* out, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
+                              const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int, int fill) {
+  auto at = reinterpret_cast<uint64_t>(address);
+  std::string refusal = emulator::EncodeTensorMap({type, rank, at, dims, strides, box, steps, interleave, swizzle, fill}, out);
+  return refusal.empty() ? kSuccess : Refuse(kInvalidValue, refusal);
+}
 
 // ---------------------------------------------------------------- streams and events
 
