@@ -106,6 +106,8 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
     from . import kinds, session, stand  # here, because `moegen --help` needs no compiler
 
     resolved = kinds.resolve(target, mcpu, arch, tf32=options["tf32"])
+    if not places:
+        kinds.of(resolved).check_here(config, resolved)
     asked = session.Request(
         config,
         resolved,
