@@ -19,7 +19,7 @@ from ..choices import REGIMES
 from ..config import MoEConfig, config_key
 from ..cuda_geometry import CudaGeometry
 from ..errors import BuildError, ScheduleError, TargetError
-from ..schedules.cuda import few, tiling
+from ..schedules.cuda import few, hopper, tiling
 from ..target import ARCHS, Target, host_arch
 from ..version import __version__
 from . import choices, emission, hardware, nvidia
@@ -39,7 +39,8 @@ class CudaPlan:
         geometry: the layer and how its weights are packed.
         target: what it is compiled for.
         te_source: the tensor-expression module.
-        knobs: stage -> `tiling.Tile` of a tiled product, `few.Knobs` of one for few tokens.
+        knobs: stage -> `tiling.Tile` of a tiled product, `few.Knobs` of one for few tokens, and where Hopper has a kernel of its
+            own, stage and `_hopper` -> `hopper.Knobs`.
         regimes: how many rows a row block has.
         few_tokens: tokens up to which every choice reads its expert's weights itself.
         edited: the module was edited by hand.
@@ -120,7 +121,7 @@ def default_plan(config: MoEConfig, target: Target) -> CudaPlan:
     _check(config, target)
     geometry = CudaGeometry(config)
     text = emission.te_source(geometry, target, tiling.ROWS)
-    knobs = default_knobs(geometry, target, tiling.ROWS)
+    knobs = default_knobs(geometry, target, tiling.ROWS) | hopper_knobs(geometry, target, tiling.ROWS)
     return CudaPlan(geometry, target, text, knobs, default_regimes(tiling.ROWS), few_tokens(config))
 
 
@@ -136,6 +137,8 @@ def plan_from_source(
     path: str | os.PathLike[str], gpus: str | Sequence[str] | None = None, *, tf32: bool = False, arch: str | None = None
 ) -> CudaPlan:
     """What building an edited TE module would do; the configuration is read from the file.
+
+    Hopper has no kernels of its own then: they are not made from that module, and would not follow the edits.
 
     Raises:
         BuildError: the file cannot be read or has no CONFIG and TILING.
@@ -200,6 +203,16 @@ def default_knobs(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -
             found[f"{name}_few"] = few.Knobs()
         found |= {f"{name}_{height}": tiling.default(height, product, *limits) for height in rows}
     return found
+
+
+def hopper_knobs(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -> dict[str, hopper.Knobs]:
+    """Of the products that Hopper computes in its own way: those of the highest row blocks, by `up_128_hopper`."""
+    if hopper.ARCHITECTURE not in target.gpus or max(rows) < hopper.FEWEST_ROWS:
+        return {}
+    return {
+        f"{side}_{max(rows)}{hopper.SUFFIX}": hopper.default(hopper.GroupedProduct.of(geometry, side), max(rows))
+        for side in hopper.sides(geometry)
+    }
 
 
 def default_regimes(rows: Sequence[int]) -> tuple[RowBlocks, ...]:

@@ -1,7 +1,7 @@
 // libcuda.so.1 without a device: the part of the driver's interface that compiled layers use, on top of emulated kernels.
 //
-// Machine code that is loaded is ignored; its kernels come from the library that $MOEGEN_EMULATED_KERNELS names meanwhile. Every call has
-// done its work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
+// Machine code that is loaded is ignored; its kernels come from the libraries that $MOEGEN_EMULATED_KERNELS names meanwhile, parted by
+// colons. Every call has done its work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
 // $MOEGEN_EMULATED_THREADS how many threads run blocks, $MOEGEN_EMULATED_ORDER (ascending, descending, shuffled) and
 // $MOEGEN_EMULATED_SEED in which order threads run. Structures and numbers are those of the driver's interface.
 #include <dlfcn.h>
@@ -10,6 +10,10 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -79,41 +83,46 @@ Result Give(Out* out, Value value) {
 
 // ---------------------------------------------------------------- kernels
 
-struct Library;
-
 struct Function {
-  const Library* library;
   std::string name;
+  decltype(&moegen_emulator_launch) launch = nullptr;
   int max_threads = 0, static_shared = 0, parameters = 0;
   int max_dynamic = static_cast<int>(kPlainShared);
 };
 
 struct Library {
-  void* handle = nullptr;
-  decltype(&moegen_emulator_kernel) kernel = nullptr;
-  decltype(&moegen_emulator_launch) launch = nullptr;
   std::map<std::string, Function> functions;
 };
+
+// Adds the kernels of a compiled source.
+Result Add(Library* library, const std::string& path) {
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) return Refuse(kFileNotFound, dlerror());
+  auto next = reinterpret_cast<decltype(&moegen_emulator_kernel)>(dlsym(handle, "moegen_emulator_kernel"));
+  auto launch = reinterpret_cast<decltype(&moegen_emulator_launch)>(dlsym(handle, "moegen_emulator_launch"));
+  if (next == nullptr || launch == nullptr) return Refuse(kFileNotFound, path + " has no kernels");
+  MoegenKernel kernel;
+  for (int i = 0; next(i, &kernel) != 0; ++i) {
+    Function function{kernel.name, launch, kernel.max_threads, kernel.static_shared, kernel.parameters};
+    if (!library->functions.emplace(kernel.name, function).second) return Refuse(kInvalidValue, std::string("there are two kernels ") + kernel.name);
+  }
+  return kSuccess;
+}
 
 Result Open(Library** out) {
   static std::mutex mutex;
   static auto* libraries = new std::map<std::string, Library*>;  // by their paths: an image has the kernels of when it is loaded
   std::lock_guard<std::mutex> lock(mutex);
-  const char* path = std::getenv("MOEGEN_EMULATED_KERNELS");
-  if (path == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
-  Library*& library = (*libraries)[path];
+  const char* named = std::getenv("MOEGEN_EMULATED_KERNELS");
+  if (named == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
+  Library*& library = (*libraries)[named];
   if (library == nullptr) {
-    auto* opened = new Library;
-    opened->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (opened->handle == nullptr) return Refuse(kFileNotFound, dlerror());
-    opened->kernel = reinterpret_cast<decltype(opened->kernel)>(dlsym(opened->handle, "moegen_emulator_kernel"));
-    opened->launch = reinterpret_cast<decltype(opened->launch)>(dlsym(opened->handle, "moegen_emulator_launch"));
-    if (opened->kernel == nullptr || opened->launch == nullptr) return Refuse(kFileNotFound, std::string(path) + " has no kernels");
-    MoegenKernel kernel;
-    for (int i = 0; opened->kernel(i, &kernel) != 0; ++i) {
-      opened->functions[kernel.name] = {opened, kernel.name, kernel.max_threads, kernel.static_shared, kernel.parameters};
+    auto opened = std::make_unique<Library>();
+    std::istringstream paths(named);
+    for (std::string path; std::getline(paths, path, ':');) {
+      if (Result added = Add(opened.get(), path); added != kSuccess) return added;
     }
-    library = opened;
+    library = opened.release();
   }
   *out = library;
   return kSuccess;
@@ -153,7 +162,7 @@ Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&bl
   char message[4096];
   const void* fault = nullptr;  // which address, when the message says that one was refused
   size_t bytes;
-  if (function->library->launch(&request, message, sizeof message, &fault) != 0) {
+  if (function->launch(&request, message, sizeof message, &fault) != 0) {
     while (Memory().Overrun(&bytes) != 0) continue;  // said once is enough
     return Refuse(kLaunchFailed, message);
   }
