@@ -120,15 +120,21 @@ def test_capacity_has_somebody_count() -> None:
 
 def test_hopper_has_knobs_of_its_own() -> None:
     plan = _plan(planning.resolve_target("sm_90a"))
-    own = {f"hopper_{side}": hopper.default(hopper.GroupedProduct.of(CONFIG, side)) for side in ("up", "down")}
-    with_hopper = dataclasses.replace(plan, knobs={**plan.knobs, **own})
-    assert {"hopper_up.group", "hopper_down.stages"} <= set(choices.values(with_hopper, "many"))
-    made = choices.chosen(with_hopper, "many", {"hopper_down.group": 8})
-    assert (made.knobs["hopper_down"].group, made.knobs["hopper_up"]) == (8, own["hopper_up"])
-    axes = choices.axes(with_hopper, "many")
-    assert sum(len(axis) > 1 and "hopper_up.group" in axis[0] for axis in axes) == 1
+    known = choices.values(plan, "many")
+    assert {"up_64.stages", "up_128_hopper.group", "down_128_hopper.stages"} <= set(known)
+    assert "up_128.stages" not in known, "what no device of the target runs is not tuned"
+    made = choices.chosen(plan, "many", {"down_128_hopper.group": 8})
+    assert made.knobs["down_128_hopper"].group == 8
+    assert made.knobs["up_128_hopper"] == plan.knobs["up_128_hopper"]
+    found = choices.candidates(plan, "many")
+    assert choices.values(plan, "many") in found
+    for candidate in found[:: len(found) // 40]:
+        for side in ("up", "down"):
+            hopper.check(
+                hopper.GroupedProduct.of(plan.geometry, side), choices.chosen(plan, "many", candidate).knobs[f"{side}_128_hopper"]
+            )
     with pytest.raises(ScheduleError, match="stages=99"):
-        choices.chosen(with_hopper, "many", {"hopper_up.stages": 99})
+        choices.chosen(plan, "many", {"up_128_hopper.stages": 99})
 
 
 def test_candidates_are_compiled_without_spills(tmp_path: pathlib.Path) -> None:

@@ -28,7 +28,6 @@ FEW_ROWS, SOME_ROWS, MANY_ROWS = 1, (8, 24), (64, 256)  # per expert in the mean
 MOST_CANDIDATES = 8192  # of a regime: more are represented by some
 FEW_TOKENS = "few_tokens"
 _HEIGHTS = {"some": tiling.ROWS[:1], "many": tiling.ROWS[1:]}
-_HOPPER = ("hopper_up", "hopper_down")
 _FIXED = ("rows",)  # of a tile: its kernel's name has it
 # Where one height of row blocks ends and the next begins; whatever one regime takes, the table's lines ascend.
 _ROWS_UP_TO = {16: (8, 24, 48), 64: (56, 96, 192, 384)}
@@ -119,13 +118,12 @@ def chosen(plan: CudaPlan, regime: str, wanted: Values) -> CudaPlan:
 
 
 def _stages(plan: CudaPlan, regime: str) -> list[str]:
-    """The kernels of a regime that have knobs; those of the shared expert follow them."""
+    """The kernels of a regime that have knobs; those of the shared expert follow them. Where Hopper has its own, these are tuned."""
     if regime == "few":
-        names = ["router_few", "up_few", "down_few"] if plan.few_tokens else []
-    else:
-        names = [f"{product}_{rows}" for rows in _HEIGHTS[regime] for product in ("up", "down")]
-        names += [f"router_{ROUTER_ROWS}"] if regime == "some" else list(_HOPPER)
-    return [name for name in names if name in plan.knobs]
+        return ["router_few", "up_few", "down_few"] if plan.few_tokens else []
+    names = [f"{product}_{rows}" for rows in _HEIGHTS[regime] for product in ("up", "down")]
+    names += [f"router_{ROUTER_ROWS}"] if regime == "some" else []
+    return [own if (own := f"{name}{hopper.SUFFIX}") in plan.knobs else name for name in names if name in plan.knobs]
 
 
 def _options(plan: CudaPlan, stage: str) -> tuple[Any, ...]:
@@ -164,7 +162,7 @@ def _legal(plan: CudaPlan, stage: str, knobs: Any) -> bool:
 
 
 def _grouped(plan: CudaPlan, stage: str) -> hopper.GroupedProduct:
-    return hopper.GroupedProduct.of(plan.config, stage.rpartition("_")[2])
+    return hopper.GroupedProduct.of(plan.geometry, stage.partition("_")[0])
 
 
 def _most_shared_bytes(plan: CudaPlan) -> int:

@@ -8,6 +8,7 @@ what it cannot prove is NVIDIA's compiler and hardware.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from .. import verification
 from ..artifact import Artifact
 from ..config import MoEConfig
 from ..errors import BuildError, EmulationError
+from ..paths import PACKAGE
 from ..schedules.cuda.hopper import ARCHITECTURE
 from . import emulated_driver, making
 from .device_count import devices
@@ -70,6 +72,7 @@ def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> 
             around = emulated_driver.environment(source, pathlib.Path(folder), arch=arch, also=own)
         except EmulationError as error:
             raise BuildError(f"the kernels cannot be emulated: {error}") from error
+        around["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
         command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
         done = subprocess.run(command, input=job, env=around, capture_output=True, text=True, check=False)
