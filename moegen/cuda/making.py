@@ -112,4 +112,5 @@ def _functions(todo: CudaPlan) -> dict[str, list[str]]:
         "moe_clear": ["tensor", "device int"],
         "moe_prepare": ["device int"],
         "moe_device_count": [],
+        "moe_time": [f"[{x}, ...]", out, f"[{blob}, ...]", workspace, "first int", "calls int"],
     }

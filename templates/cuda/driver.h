@@ -58,6 +58,11 @@ MOEGEN_FORWARD(cuTensorMapEncodeTiled,
                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill),
                (map, type, rank, base, dims, strides, box, steps, interleave, swizzle, promotion, fill))
 MOEGEN_FORWARD(cuStreamSynchronize, (CUstream stream), (stream))
+MOEGEN_FORWARD(cuEventCreate, (CUevent * event, unsigned flags), (event, flags))
+MOEGEN_FORWARD(cuEventRecord, (CUevent event, CUstream stream), (event, stream))
+MOEGEN_FORWARD(cuEventSynchronize, (CUevent event), (event))
+MOEGEN_FORWARD(cuEventElapsedTime, (float* ms, CUevent begin, CUevent end), (ms, begin, end))
+MOEGEN_FORWARD(cuEventDestroy, (CUevent event), (event))
 
 // What the launcher says of errors, which it may have to where there is no driver to ask.
 extern "C" CUresult CUDAAPI cuGetErrorName(CUresult error, const char** text) {

@@ -1,7 +1,7 @@
 // libcuda.so.1 without a device: the part of the driver's interface that compiled layers use, on top of emulated kernels.
 //
-// Machine code that is loaded is ignored; kernels come from the libraries named by $MOEGEN_EMULATED_KERNELS, parted by colons. Every call
-// has done its work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
+// Machine code that is loaded is ignored; its kernels come from the libraries that $MOEGEN_EMULATED_KERNELS names meanwhile, parted by
+// colons. Every call has done its work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
 // $MOEGEN_EMULATED_THREADS how many threads run blocks, $MOEGEN_EMULATED_ORDER (ascending, descending, shuffled) and
 // $MOEGEN_EMULATED_SEED in which order threads run. Structures and numbers are those of the driver's interface.
 #include <dlfcn.h>
@@ -111,11 +111,12 @@ Result Add(Library* library, const std::string& path) {
 
 Result Open(Library** out) {
   static std::mutex mutex;
-  static Library* library = nullptr;  // one for the process: every image that is loaded has the same kernels
+  static auto* libraries = new std::map<std::string, Library*>;  // by their paths: an image has the kernels of when it is loaded
   std::lock_guard<std::mutex> lock(mutex);
+  const char* named = std::getenv("MOEGEN_EMULATED_KERNELS");
+  if (named == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
+  Library*& library = (*libraries)[named];
   if (library == nullptr) {
-    const char* named = std::getenv("MOEGEN_EMULATED_KERNELS");
-    if (named == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
     auto opened = std::make_unique<Library>();
     std::istringstream paths(named);
     for (std::string path; std::getline(paths, path, ':');) {
