@@ -212,9 +212,15 @@ def test_calls_on_an_emulated_device(built: moegen.Artifact, tmp_path: pathlib.P
 
 VARIANTS = {
     # rows of one block: 16, 64 and 128
-    "high blocks": ({"experts": 2, "top_k": 1, "hidden": 64, "intermediate": 128, "dtype": "float16", "activation": "gelu"}, (17, 90, 300)),
+    "high blocks": (
+        {"experts": 2, "top_k": 1, "hidden": 64, "intermediate": 128, "dtype": "float16", "activation": "gelu"},
+        (17, 90, 300),
+    ),
     "odd float32": (
-        {"experts": 5, "top_k": 3, "hidden": 33, "intermediate": 7, "dtype": "float32", "capacity_factor": 1.0, "router_bias": True},
+        {
+            "experts": 5, "top_k": 3, "hidden": 33, "intermediate": 7, "dtype": "float32", "capacity_factor": 1.0,
+            "router_bias": True,
+        },
         (0, 1, 40),
     ),
     "groups": (
