@@ -295,8 +295,8 @@ def test_sizes_beyond_32_bits(drawn: Any, find: Find, torch: Any) -> None:
     assert config.experts * 2 * config.intermediate * config.hidden > 2**31
     tokens = 2**31 // (config.top_k * config.hidden) + 1000
     find("wide")
-    if torch.cuda.mem_get_info(0)[0] < 40e9:
-        pytest.skip("needs 40 GB of free device memory")
+    if torch.cuda.mem_get_info(0)[0] < 24e9:
+        pytest.skip("needs 24 GB of free device memory")
     layer, weights = drawn("wide")
     last = torch.tensor([[config.experts - 1, *range(config.top_k - 1)]], dtype=torch.int32, device="cuda:0")
     for count in (1, 40):
