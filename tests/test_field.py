@@ -119,7 +119,10 @@ def test_verdicts() -> None:
     report = json.dumps({"artifact": "/x/moe-a", "status": "failed", "failures": ["uniform routing, T=1: off"]})
     failed = checks.verdict(outcome("proof of a", 1, report))
     assert (failed["status"], failed["why"]) == ("failed", "moe-a: uniform routing, T=1: off")
+    right = json.dumps({"artifact": "/x/moe-a", "status": "passed", "failures": [], "worst_relative_l2": 3.2e-3})
+    assert checks.verdict(outcome("proof of a", 0, right + "\n" + right))["why"] == "2 layers, relative L2 error at most 3.2e-03"
     assert checks.verdict(outcome("GPU tests", 0, "....\n12 passed in 3.2s\n"))["why"] == "12 passed in 3.2s"
+    assert checks.verdict(outcome("GPU tests", 0, "ss\n2 skipped in 3.2s\n"))["status"] == "skipped"
     broken = checks.verdict(outcome("GPU tests", 1, "F\n1 failed in 1s\n"))
     assert (broken["status"], broken["why"]) == ("failed", "exit code 1: 1 failed in 1s")
     clean = checks.verdict(outcome("memcheck", 0, "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n" + report))
@@ -303,6 +306,14 @@ def test_without_a_device_there_are_no_numbers(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "moegen.field: there is no CUDA device here, or no NVIDIA driver, and nothing is measured without one\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_emulated_device_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(run, "devices", lambda: 1)
+    monkeypatch.setenv("MOEGEN_EMULATED_ARCH", "sm_90a")
+    with pytest.raises(MeasureError, match="an emulated device, whose times mean nothing"):
+        run.run(run.Request(tmp_path / "out", 1.0, tmp_path))
     assert not (tmp_path / "out").exists()
 
 

@@ -96,6 +96,10 @@ def run(asked: Request, say: Say = print) -> dict[str, Any]:
     """
     if not devices():
         raise MeasureError("there is no CUDA device here, or no NVIDIA driver, and nothing is measured without one")
+    if surroundings.emulated() and "cells" in asked.steps:
+        raise MeasureError(
+            "this is an emulated device, whose times mean nothing: leave the step cells out, or run this on a real one"
+        )
     budget = Budget(asked.minutes * 60 - _CLOSING_SECONDS)
     wanted = cells(asked.layers, asked.tokens, asked.routings)
     asked.out.mkdir(parents=True, exist_ok=True)
