@@ -17,6 +17,7 @@ from . import artifact as artifacts
 from .artifact import Artifact
 from .builder import build
 from .config import MoEConfig
+from .cuda.planning import CudaPlan
 from .errors import BuildError, MoegenError
 from .plan import Plan
 
@@ -32,7 +33,7 @@ class Outcome:
 
 
 def build_many(
-    configs: Sequence[MoEConfig | Plan],
+    configs: Sequence[MoEConfig | Plan | CudaPlan],
     target: str = "llvm",
     out: str | os.PathLike[str] | None = None,
     *,
@@ -42,6 +43,7 @@ def build_many(
     force: bool = False,
     tuning: bool = True,
     jobs: int | None = None,
+    tf32: bool = False,
 ) -> Generator[Outcome, None, None]:
     """Builds several layers in parallel processes; yields each outcome as it comes.
 
@@ -50,6 +52,7 @@ def build_many(
     """
     workers = min(jobs or os.cpu_count() or 1, len(configs))
     options = {"target": target, "out": out, "mcpu": mcpu, "arch": arch, "verify": verify, "force": force, "tuning": tuning}
+    options["tf32"] = tf32
     if workers <= 1:
         for config in configs:
             yield _attempt(config, options)
@@ -65,7 +68,7 @@ def build_many(
             except concurrent.futures.BrokenExecutor:
                 layer = futures[future]
                 killed = BuildError("a build process was killed, perhaps for want of memory: try fewer at a time (jobs)")
-                yield Outcome(layer.config if isinstance(layer, Plan) else layer, None, killed, 0.0)
+                yield Outcome(layer if isinstance(layer, MoEConfig) else layer.config, None, killed, 0.0)
     except BaseException:
         for process in list((getattr(executor, "_processes", None) or {}).values()):
             process.terminate()
@@ -77,9 +80,9 @@ def build_many(
         artifacts.clear_leftovers(pathlib.Path(out) if out is not None else artifacts.default_store())
 
 
-def _attempt(config: MoEConfig | Plan, options: dict[str, Any]) -> Outcome:
+def _attempt(config: MoEConfig | Plan | CudaPlan, options: dict[str, Any]) -> Outcome:
     start = datetime.datetime.now()
-    layer = config.config if isinstance(config, Plan) else config
+    layer = config if isinstance(config, MoEConfig) else config.config
     try:
         made, error = build(config, **options), None
     except MoegenError as caught:

@@ -27,7 +27,7 @@ from .config import MoEConfig
 from .cuda import making, planning, proof
 from .cuda.planning import CudaPlan
 from .errors import ArtifactError, BuildError, MoegenError, TargetError, VerificationError
-from .plan import Plan, plan, versions
+from .plan import Plan, plan, plan_from_source, versions
 from .schedules import llvm
 from .target import host_arch
 from .toolchain import cxx_for, first_error
@@ -99,13 +99,32 @@ def plan_for(
     Raises:
         TargetError: the target is unknown, or an argument is for another one.
     """
+    _check_arguments(target, mcpu, tf32)
     if target == "cuda":
-        if mcpu is not None:
-            raise TargetError(f"mcpu={mcpu!r} is for target llvm: of cuda, say the devices' architecture (arch)")
-        return planning.plan(config, arch, tf32=tf32)
-    if tf32:
-        raise TargetError(f"tf32 is for target cuda, not {target!r}")
+        return planning.plan(config, arch, tf32=tf32, tuned=tuning)
     return plan(config, target, mcpu, arch=arch, tuned=tuning)
+
+
+def plan_from_source_for(
+    path: str | os.PathLike[str], target: str = "llvm", mcpu: str | None = None, arch: str | None = None, *, tf32: bool = False
+) -> Plan | CudaPlan:
+    """What building an edited TE module would do.
+
+    Raises:
+        BuildError: the file cannot be read, or is not for this target.
+        TargetError: the target is unknown, or an argument is for another one.
+    """
+    _check_arguments(target, mcpu, tf32)
+    if target == "cuda":
+        return planning.plan_from_source(path, arch, tf32=tf32)
+    return plan_from_source(path, target, mcpu, arch)
+
+
+def _check_arguments(target: str, mcpu: str | None, tf32: bool) -> None:
+    if target == "cuda" and mcpu is not None:
+        raise TargetError(f"mcpu={mcpu!r} is for target llvm: of cuda, say the devices' architecture (arch)")
+    if target != "cuda" and tf32:
+        raise TargetError(f"tf32 is for target cuda, not {target!r}")
 
 
 def _already_built(final: pathlib.Path, todo: Plan | CudaPlan) -> Artifact | None:

@@ -21,15 +21,29 @@ from . import artifact as artifacts
 from .artifact import Artifact
 from .bench.command import bench
 from .config import MoEConfig
-from .display import as_json_text, brief, description, listed, obstacles_of, one_line, proof, proof_table, size, summary, table
+from .display import (
+    as_json_text,
+    brief,
+    description,
+    kernel_tables,
+    listed,
+    obstacles_of,
+    one_line,
+    proof,
+    proof_table,
+    size,
+    summary,
+    table,
+)
 from .errors import MoegenError
-from .options import check_target, layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
+from .options import layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
 from .report.command import report
 from .tune.command import tune
 from .version import __version__
 
 if TYPE_CHECKING:
     from .batch import Outcome
+    from .cuda.planning import CudaPlan
     from .plan import Plan
 
 TRACEBACK = "MOEGEN_TRACEBACK"
@@ -134,6 +148,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--force", is_flag=True, help="Build even what is already built.")
 @click.option("--no-verify", is_flag=True, help="Leave out the numerical proof.")
 @click.option("--no-tuning", is_flag=True, help="Leave tuning records out of account.")
+@click.option("--tf32", is_flag=True, help="For cuda and float32: multiply on tensor cores, rounded to 10 bits of mantissa.")
 @json_option
 def build(
     model: str | None,
@@ -147,6 +162,7 @@ def build(
     force: bool,
     no_verify: bool,
     no_tuning: bool,
+    tf32: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -155,6 +171,7 @@ def build(
     \b
     Examples:
       moegen build --experts 8 --top-k 2 --hidden 512 --target llvm
+      moegen build --experts 8 --top-k 2 --hidden 512 --dtype bfloat16 --target cuda --arch sm_80,sm_90
       moegen build --experts 8,16 --top-k 1,2 --hidden 512,1024 --out layers
       moegen build --model Mixtral-8x7B/config.json --dtype bfloat16
       moegen build --preset olmoe --dtype float32
@@ -163,7 +180,6 @@ def build(
     if mcpu == "help":
         click.echo("\n".join(_processors(arch)))
         return
-    check_target(target)
     given = take_given(options)
     if source and (given or model or preset):
         raise click.UsageError("--from takes the layer from the file: leave out --model, --preset and the layer's options.")
@@ -174,16 +190,18 @@ def build(
         _fail(
             illegal[0].reason if len(illegal) == 1 else f"none of {len(illegal)} combinations is legal; {skipped_line(illegal[0])}"
         )
-    from . import batch, plan
+    from . import batch, builder
 
-    todo: Sequence[MoEConfig | Plan] = [plan.plan_from_source(source, target, mcpu, arch)] if source else legal
+    todo: Sequence[MoEConfig | Plan | CudaPlan] = legal
+    if source:
+        todo = [builder.plan_from_source_for(source, target, mcpu, arch, tf32=tf32)]
     for combination in illegal:
         click.echo(f"skipped {skipped_line(combination)}", err=True)
     if not no_tuning:
-        _settle(legal, target, mcpu, arch)
+        _settle(legal, target, mcpu, arch, tf32)
     before = _present(out)
     settings: dict[str, Any] = {"mcpu": mcpu, "arch": arch, "verify": not no_verify, "force": force, "jobs": jobs}
-    settings["tuning"] = not no_tuning
+    settings |= {"tuning": not no_tuning, "tf32": tf32}
     done = []
     with contextlib.closing(_outcomes(batch.build_many(todo, target, out, **settings), len(todo))) as outcomes:
         for outcome in outcomes:
@@ -200,13 +218,12 @@ def build(
         click.get_current_context().exit(1)
 
 
-def _settle(layers: Sequence[MoEConfig], target: str, mcpu: str | None, arch: str | None) -> None:
-    """Measures tuning records that come from elsewhere, once and before anything else runs."""
-    from . import compiler
-    from .tune import verdicts
+def _settle(layers: Sequence[MoEConfig], target: str, mcpu: str | None, arch: str | None, tf32: bool) -> None:
+    """Measures tuning records that come from elsewhere, once and before anything else runs, where this machine can measure."""
+    from .tune import kinds, verdicts
 
     for layer in layers:
-        for sentence in verdicts.settle(layer, compiler.resolve_target(target, mcpu, arch)):
+        for sentence in verdicts.settle(layer, kinds.resolve(target, mcpu, arch, tf32=tf32)):
             click.echo(one_line(sentence), err=True)
 
 
@@ -284,7 +301,6 @@ def emit(
     if mcpu == "help":
         click.echo("\n".join(_processors(arch)))
         return
-    check_target(target)
     if host and asm is not None:
         raise click.UsageError("--host and --asm exclude each other.")
     wanted = wanted_layers(take_given(options), model, preset)
@@ -292,10 +308,15 @@ def emit(
         raise click.UsageError("emit prints one layer: give one value for each option.")
     if wanted[0].config is None:
         _fail(wanted[0].reason)
-    from . import compiler, plan
+    from . import builder, compiler
+    from .plan import Plan
 
-    todo = plan.plan(wanted[0].config, target, mcpu, arch=arch)
-    if asm is not None:
+    todo = builder.plan_for(wanted[0].config, target, mcpu, arch)
+    if not isinstance(todo, Plan):
+        if host or asm is not None:
+            raise click.UsageError("--host and --asm are for --target llvm; `moegen inspect` has --cuda-source, --ptx and --sass.")
+        text = todo.te_source
+    elif asm is not None:
         text = compiler.assembly(todo.te_source, [asm], todo.geometry, todo.target, todo.knobs)
     else:
         text = host_source(todo) if host else todo.te_source
@@ -351,8 +372,24 @@ def list_(out: str | None, as_json: bool) -> None:
 @out_option
 @click.option("--te-source", is_flag=True, help="Print the tensor-expression module that it was compiled from.")
 @click.option("--manifest", is_flag=True, help="Print manifest.json as it is.")
+@click.option("--cuda-source", is_flag=True, help="Print the CUDA C++ source of its kernels.")
+@click.option("--ptx", is_flag=True, help="Print the PTX that is in it for newer devices.")
+@click.option("--sass", is_flag=True, help="Print the machine code of its kernels as assembly (needs nvdisasm).")
+@click.option("--resources", is_flag=True, help="Show registers, shared memory and spills of its kernels.")
+@click.option("--kernel", metavar="NAME", help="With --sass and --resources: only kernels whose name begins so.")
 @json_option
-def inspect(which: str, out: str | None, te_source: bool, manifest: bool, as_json: bool) -> None:
+def inspect(
+    which: str,
+    out: str | None,
+    te_source: bool,
+    manifest: bool,
+    cuda_source: bool,
+    ptx: bool,
+    sass: bool,
+    resources: bool,
+    kernel: str | None,
+    as_json: bool,
+) -> None:
     """Show what an artifact is: layer, target, functions, weight layout, schedule, proof.
 
     PATH_OR_NAME is an artifact's folder, or its name in the store, or the beginning of one.
@@ -361,6 +398,7 @@ def inspect(which: str, out: str | None, te_source: bool, manifest: bool, as_jso
     Example:
       moegen inspect moe-e8-k2-h512
       moegen inspect layers/moe-e8-k2-h512-... --te-source
+      moegen inspect layers/moe-...-cuda-sm-90-... --resources
     """
     made = named_artifact(which, out)
     artifacts.check_files(made)
@@ -368,12 +406,32 @@ def inspect(which: str, out: str | None, te_source: bool, manifest: bool, as_jso
         file = made.path / (artifacts.TE_SOURCE if te_source else artifacts.MANIFEST)
         click.echo(file.read_text(encoding="utf-8"), nl=False)
         return
+    if cuda_source or ptx or sass or resources:
+        if made.target.kind != "cuda":
+            raise click.UsageError(f"{made.name} is for {made.target.kind}: it has no CUDA kernels.")
+        _inspect_kernels(made, cuda_source, ptx, sass, kernel or "", as_json)
+        return
     obstacles = obstacles_of(made)
     if as_json:
         own = {"name": made.name, "path": str(made.path), "runs_here": not obstacles, "missing_features": obstacles}
         click.echo(as_json_text({**own, **made.manifest, "verification": made.verification()}))
         return
     click.echo("\n".join(description(made, obstacles)))
+
+
+def _inspect_kernels(made: Artifact, cuda_source: bool, ptx: bool, sass: bool, kernel: str, as_json: bool) -> None:
+    from .cuda import listing
+
+    if cuda_source or ptx:
+        click.echo(listing.source(made) if cuda_source else listing.ptx(made), nl=False)
+    elif sass:
+        for architecture, kernels in listing.sass(made, kernel).items():
+            for name, text in kernels.items():
+                click.echo(f"// {architecture} {name}\n{text.rstrip()}\n")
+    elif as_json:
+        click.echo(as_json_text(listing.resources(made, kernel)))
+    else:
+        click.echo("\n".join(kernel_tables(listing.resources(made, kernel))))
 
 
 # ---------------------------------------------------------------- verify
@@ -392,9 +450,14 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
       moegen verify moe-e8-k2-h512 --seed 1
     """
     made = named_artifact(which, out)
-    from .verification import verify as prove
+    if made.target.kind == "cuda":
+        from .cuda.proof import prove
+    else:
+        from .verification import verify as prove
 
     report = prove(made, seed)
+    if report["status"] == "skipped":
+        _fail(f"{made.name} cannot be verified here: {report['reason']}")
     if as_json:
         click.echo(as_json_text({"name": made.name, "path": str(made.path), **report}))
     else:

@@ -1,7 +1,7 @@
 """Sizes of a layer on CUDA devices: products with natural, zero-padded weights, and where they lie in the packed blob.
 
-Every product is `rows [*, k] @ weight [count, parts, n, k].T` with k contiguous: what tensor cores, wide copies and any other reader of
-a checkpoint take. Gate and up are the two `parts` of one product, so that the activation happens in registers.
+Every product is `rows [*, k] @ weight [count, parts, n, k].T` with k contiguous: what tensor cores, wide copies and any other
+reader of a checkpoint take. Gate and up are the two `parts` of one product, so that the activation happens in registers.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class CudaGeometry:
 
     @property
     def ffns(self) -> tuple[tuple[str, Product, Product], ...]:
-        """(prefix of its segments and stages, gate and up projection, down projection) of the routed experts and of the shared one."""
+        """(prefix of its segments, gate and up projection, down projection) of the routed experts and of the shared one."""
         routed = ("", self.up, self.down)
         return (routed, ("shared_", self.shared_up, self.shared_down)) if self.config.shared_intermediate else (routed,)
 

@@ -83,8 +83,12 @@ def description(made: Artifact, obstacles: Sequence[str]) -> Iterator[str]:
     yield f"  path      {made.path}"
     yield f"  built     {manifest['created']}, {size(total_bytes(made))}"
     yield f"  layer     {brief(made.config)}"
-    yield f"  target    {target} ({target.arch}, {target.lanes} float32 lanes)"
-    yield f"  needs     {' '.join(target.features) or 'no special CPU features'}"
+    if target.kind == "cuda":
+        yield f"  target    {target} ({target.arch})"
+        yield f"  needs     a device of {' or '.join(target.gpus)}, or a newer one (by PTX), and NVIDIA's driver"
+    else:
+        yield f"  target    {target} ({target.arch}, {target.lanes} float32 lanes)"
+        yield f"  needs     {' '.join(target.features) or 'no special CPU features'}"
     yield f"  runs here {'no, missing: ' + ', '.join(obstacles) if obstacles else 'yes'}"
     yield f"  proof     {proof(report)}, seed {report.get('seed', 'none')}"
     if rounding := report.get("rounding"):
@@ -139,6 +143,15 @@ def age(created: str) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
+def kernel_tables(resources: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
+    """What the kernels of each architecture use."""
+    header = ("kernel", "threads", "registers", "shared", "dynamic", "stack", "spills", "code")
+    fields = ("threads", "registers", "static_shared_bytes", "dynamic_shared_bytes", "stack_bytes", "spilled_bytes", "code_bytes")
+    for architecture, kernels in resources.items():
+        yield f"{architecture}: threads of a block, registers of a thread, bytes of a block's memory, of a thread's stack, of code"
+        yield table(header, [(name, *(used[f] for f in fields)) for name, used in kernels.items()], range(1, len(header)))
+
+
 def proof_table(made: Artifact, report: Mapping[str, Any]) -> Iterator[str]:
     columns = ("routing", "tokens", "relative_l2", "elementwise", "near_ties")
     rows = [[f"{c[name]:.1e}" if isinstance(c[name], float) else c[name] for name in columns] for c in report["cases"]]
@@ -148,7 +161,8 @@ def proof_table(made: Artifact, report: Mapping[str, Any]) -> Iterator[str]:
     if report["rounding"]:
         yield f"few bits: {_rounding(report['rounding'])}"
     yield from (f"FAILED: {reason}" for reason in report["failures"])
-    yield f"{made.name}: {report['status']} in {report['seconds']:.1f} s"
+    where = f", {report['executed']}" if "executed" in report else ""
+    yield f"{made.name}: {report['status']} in {report['seconds']:.1f} s{where}"
 
 
 def _rounding(rounding: Mapping[str, float]) -> str:

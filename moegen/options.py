@@ -19,11 +19,8 @@ from . import presets, storage
 from .artifact import Artifact
 from .config import MoEConfig
 from .display import one_line
-from .errors import ArtifactError, ConfigError, TargetError
-from .target import ARCHS
-
-TARGETS = ("llvm", "cuda")
-
+from .errors import ArtifactError, ConfigError
+from .target import ARCHS, KINDS
 
 LISTED = ("experts", "top_k", "hidden", "intermediate")
 
@@ -109,14 +106,20 @@ def field_options(*left_out: str) -> Callable[[Callable[..., Any]], Callable[...
     return _decorated([*options, click.option("--model", type=click.Path(), help=model)])
 
 
+_ARCH = (
+    f"Architecture: for llvm, of the processor ({', '.join(ARCHS)}) [default: this machine's]; for cuda, of the devices, such as "
+    "sm_80, sm_90 or sm_90a, several parted by commas [default: sm_90]."
+)
+
+
 def layer_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for each field of `MoEConfig`, --model and --preset, and those of the target."""
     preset = "Take the layer of this preset (`moegen bench --list` shows them); other options override it."
     more = [
         click.option("--preset", metavar="NAME", help=preset),
-        click.option("--target", type=click.Choice(TARGETS), default="llvm", show_default=True, help="What to compile for."),
+        click.option("--target", type=click.Choice(KINDS), default="llvm", show_default=True, help="What to compile for."),
         click.option("--mcpu", help="Processor as LLVM names it; `--mcpu help` lists them. [default: this machine's]"),
-        click.option("--arch", type=click.Choice(ARCHS), help="Architecture of the processor. [default: this machine's]"),
+        click.option("--arch", help=_ARCH),
     ]
     return field_options()(_decorated(more)(command))
 
@@ -151,11 +154,6 @@ def wanted_layers(given: Mapping[str, Any], model: str | None = None, preset: st
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise click.UsageError(f"Missing {options} (or --model, or --preset).")
     return combinations({**base, **given})
-
-
-def check_target(target: str) -> None:
-    if target == "cuda":
-        raise TargetError("target 'cuda' is not available in this version of moegen: use --target llvm")
 
 
 def skipped_line(combination: Combination) -> str:

@@ -35,7 +35,7 @@ class Target:
         disabled: features of `mcpu` that this machine lacks and that are switched off.
         lanes: float32 lanes of a vector register.
         registers: number of vector registers.
-        gpus: for `cuda`, the architectures that there is machine code for (`sm_90`, ...); `arch` is that of the machine around them.
+        gpus: for `cuda`, the architectures that there is machine code for (`sm_90`, ...); `arch` is the machine's around them.
         tf32: for `cuda`, multiply float32 on tensor cores, rounded to 10 bits of mantissa.
     """
 
@@ -52,7 +52,7 @@ class Target:
     @property
     def slug(self) -> str:
         """Short name for folders and file names."""
-        return f"{self.kind}-{self.mcpu}"
+        return f"{self.kind}-{self.mcpu}{'-tf32' if self.tf32 else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

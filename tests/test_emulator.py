@@ -21,7 +21,10 @@ from moegen.errors import EmulationError
 from moegen.toolchain import cxx
 
 SOURCE = (ROOT / "tests" / "cuda" / "emulated.cu").read_text(encoding="utf-8")
+HOPPER = (ROOT / "tests" / "cuda" / "emulated_hopper.cu").read_text(encoding="utf-8")
 NO_WAIT, NO_BARRIER, MISALIGNED, EARLY_COPY = 1, 2, 3, 4
+# of the product with wgmma
+WITHOUT_BARRIER, COPIED_EARLY, FEW_BYTES, WITHOUT_WAIT, WITHOUT_FENCE = 1, 2, 3, 4, 5
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +125,8 @@ def test_shuffled_orders_find_a_missing_barrier(kernels: Emulated) -> None:
 REFUSED = {
     0: (
         32,
-        r"kernel refuse, block \(0, 0, 0\), thread \(0, 0, 0\): writes to address .*: 0 bytes after the end of argument 0, float32\[8\]",
+        r"kernel refuse, block \(0, 0, 0\), thread \(0, 0, 0\): writes to address .*: "
+        r"0 bytes after the end of argument 0, float32\[8\]",
     ),
     1: (1, "not a multiple of the vector's size"),
     2: (64, r"threads of one block wait at different barriers: some in line \d+, this one in line \d+"),
@@ -207,8 +211,79 @@ extern "C" __global__ void __launch_bounds__(2 * 64) k(int* __restrict__ a) {
         translate(source, cxx(), "sm_90a")
     with pytest.raises(EmulationError, match="arch is 'hopper'"):
         translate(source, cxx(), "hopper")
-    with pytest.raises(EmulationError, match="cooperative_groups.h"):
+    with pytest.raises(EmulationError, match=r"cooperative_groups\.h"):
         translate("#include <cooperative_groups.h>\n", cxx(), "sm_90")
+
+
+@pytest.fixture(scope="session")
+def hopper(folder: pathlib.Path) -> Emulated:
+    return Emulated(HOPPER, folder, arch="sm_90a")
+
+
+LAYOUTS = {"swizzle_128": 64, "swizzle_64": 32, "swizzle_32": 16, "plain": 8, "transposed": 64, "registers": 64}
+
+
+def _wgmma(hopper: Emulated, rng: np.random.Generator, kernel: str, fault: int = 0, k: int = 280, **how: Any) -> float:
+    """The largest error of y[m, n] = bias[n] + a[m] . b[n], relative to the result's rms; sizes are no multiples of a tile."""
+    m, n, inner = 100, 136, LAYOUTS[kernel]
+    a = on_device(rng.standard_normal((m, k)).astype(ml_dtypes.bfloat16))
+    b = on_device(rng.standard_normal((k, n) if kernel == "transposed" else (n, k)).astype(ml_dtypes.bfloat16))
+    bias = on_device(rng.standard_normal(192).astype(np.float32))
+    y = device_array((m, n), np.float32)
+    maps = [hopper.tensor_map(x, (64, inner), 0 if inner == 8 else 2 * inner) for x in (a, b)]
+    hopper.launch(kernel, (3, 2), 128, [*maps, a, bias, y, m, n, k, fault], 4 * 64 * 64 * 2, **how)
+    right = b.astype(np.float64) if kernel == "transposed" else b.astype(np.float64).T
+    exact = a.astype(np.float64) @ right + bias[:n]
+    return float(np.abs(y - exact).max() / np.sqrt(np.mean(exact**2)))
+
+
+@pytest.mark.parametrize("kernel", LAYOUTS)
+def test_wgmma_and_tensor_copies(hopper: Emulated, rng: np.random.Generator, kernel: str) -> None:
+    assert _wgmma(hopper, rng, kernel) < 1e-5
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_wgmma_in_other_orders(hopper: Emulated, rng: np.random.Generator, order: Any) -> None:
+    assert _wgmma(hopper, rng, "swizzle_128", order=order, seed=11, threads=2) < 1e-5
+
+
+def test_sums_of_wgmma_are_nan_before_the_wait(hopper: Emulated, rng: np.random.Generator) -> None:
+    assert np.isnan(_wgmma(hopper, rng, "swizzle_128", WITHOUT_WAIT, k=128))
+
+
+@pytest.mark.parametrize(
+    ("fault", "k", "message"),
+    [
+        (COPIED_EARLY, 280, "wgmma: operand . in shared memory has been changed before wgmma.wait_group"),
+        (FEW_BYTES, 280, r"wait for ever: 128 at an mbarrier at address \d+"),
+        (WITHOUT_BARRIER, 128, "the block has ended and a cp.async.bulk.tensor has not arrived"),
+        (WITHOUT_BARRIER, 280, "1 arrive at the mbarrier at 0x808, which waits for 0 more in this phase"),
+        (WITHOUT_FENCE, 280, "wgmma.mma_async without a wgmma.fence before it"),
+    ],
+)
+def test_wgmma_faults_are_named(hopper: Emulated, rng: np.random.Generator, fault: int, k: int, message: str) -> None:
+    with pytest.raises(EmulationError, match=message):
+        _wgmma(hopper, rng, "swizzle_128", fault, k)
+
+
+def test_copies_that_an_mbarrier_counts(hopper: Emulated, rng: np.random.Generator) -> None:
+    x = on_device(rng.integers(-9, 9, (100, 4)).astype(np.float32))
+    rows = on_device(rng.integers(0, 100, 64).astype(np.int32))
+    for early, order in ((0, "ascending"), (0, "shuffled"), (1, "ascending")):
+        y = device_array(64, np.float32)
+        hopper.launch("gathered", 1, 64, [x, rows, y, early], order=order)
+        assert np.array_equal(y, np.roll(x[rows].sum(1), -1)) == (not early)
+
+
+def test_tensor_maps_that_the_driver_refuses(hopper: Emulated) -> None:
+    for shape, box, swizzle, message in (
+        ((8, 12), (8, 8), 0, "stride 0 is 24, it has to be a multiple of 16"),
+        ((8, 64), (8, 64), 64, "box row in bytes is 128, and its swizzle takes at most 64"),
+        ((512, 64), (512, 8), 0, "box size 1 is 512, it has to be 1 to 256"),
+        ((8, 64), (8, 4), 0, "box row in bytes is 8, which is not a multiple of 16"),
+    ):
+        with pytest.raises(EmulationError, match=message):
+            hopper.tensor_map(device_array(shape, np.float16), box, swizzle)
 
 
 DRIVER = """
@@ -266,9 +341,8 @@ print(check(cuda.cuMemFree_v2(values), 1))
 
 def test_driver(folder: pathlib.Path) -> None:
     """A process of its own with the emulated driver: copies, launches, and errors as the driver reports them."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], env=environment(SOURCE, folder), capture_output=True, text=True, check=False
-    )
+    emulated = environment(SOURCE, folder)
+    done = subprocess.run([sys.executable, "-c", DRIVER], env=emulated, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "132 emulated sm_90"
@@ -284,6 +358,7 @@ def test_driver(folder: pathlib.Path) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_kernels_are_cuda(tmp_path: pathlib.Path) -> None:
     """What the emulator takes here is what nvcc takes."""
-    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-o", str(tmp_path / "k.cubin"), str(ROOT / "tests/cuda/emulated.cu")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    for name, arch in (("emulated", "sm_90"), ("emulated_hopper", "sm_90a")):
+        command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", "-o", str(tmp_path / name), str(ROOT / f"tests/cuda/{name}.cu")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -63,7 +63,9 @@ def lower(
     with (
         target,
         tvm.transform.PassContext(
-            config={"tirx.use_async_copy": 1}, instruments=[seen.instrument], disabled_pass=["tirx.CommonSubexprElim"]
+            config={"tirx.use_async_copy": 1},
+            instruments=[seen.instrument],
+            disabled_pass=["tirx.CommonSubexprElim", "tirx.StorageRewrite"],
         ),
     ):
         executable = tvm.compile(tvm.IRModule(scheduled), target=target)
@@ -94,9 +96,9 @@ def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any]
     item_bytes = geometry.item_bytes
     if stage != name:
         product = geometry.products[stage]
-        tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes)
+        tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes, most_shared_bytes)
         schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
-        return schedules.product.apply(sch, name, product, tile, item_bytes, tf32)
+        return schedules.product.apply(sch, name, product, tile, item_bytes, tf32 and stage != "router")  # whose near ties decide
     if name.endswith("_few"):
         return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes)
     if name == "topk":

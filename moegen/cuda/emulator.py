@@ -21,6 +21,9 @@ from .native import library
 
 ORDERS = ("ascending", "descending", "shuffled")
 _MESSAGE_BYTES = 4096
+_TENSOR_MAP_BYTES = 128
+_TENSOR_TYPES = {1: 0, 2: 1, 4: 2, 8: 4}  # unsigned integers of so many bytes: copies do not look at what they copy
+_SWIZZLES = (0, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Emulated:
         arch: what `__CUDA_ARCH__` says, for example `sm_80` or `sm_90a`.
 
     Attributes:
-        path: the library; `$MOEGEN_EMULATED_KERNELS` of the emulated driver.
+        path: the library; in `$MOEGEN_EMULATED_KERNELS` of the emulated driver.
         kernels: by name.
 
     Raises:
@@ -85,7 +88,8 @@ class Emulated:
         self.kernels = {kernel.name: kernel for kernel in self._found()}
 
     def _found(self) -> list[Kernel]:
-        found, at = [], _Kernel()
+        found: list[Kernel] = []
+        at = _Kernel()
         while self._library.moegen_emulator_kernel(len(found), ctypes.byref(at)):
             kinds = []
             for i in range(at.parameters):
@@ -132,6 +136,30 @@ class Emulated:
         message, fault = ctypes.create_string_buffer(_MESSAGE_BYTES), ctypes.c_void_p()
         if self._library.moegen_emulator_launch(ctypes.byref(request), message, _MESSAGE_BYTES, ctypes.byref(fault)):
             raise EmulationError(message.value.decode(errors="replace") + _nearest(fault.value, args))
+
+    def tensor_map(self, array: np.ndarray[Any, np.dtype[Any]], box: Sequence[int], swizzle_bytes: int = 0) -> bytes:
+        """A `CUtensorMap` argument, as cuTensorMapEncodeTiled makes it.
+
+        Args:
+            array: C-contiguous, of up to five dimensions; it has to stay where it is.
+            box: elements that one copy takes along each dimension, in the array's order (the innermost last).
+            swizzle_bytes: 0, 32, 64 or 128.
+
+        Raises:
+            EmulationError: the driver would refuse it.
+        """
+        made, message = ctypes.create_string_buffer(_TENSOR_MAP_BYTES), ctypes.create_string_buffer(_MESSAGE_BYTES)
+        rank = array.ndim
+        dims = (ctypes.c_uint64 * rank)(*reversed(array.shape))
+        strides = (ctypes.c_uint64 * rank)(*reversed(array.strides[:-1]))
+        sizes = (ctypes.c_uint32 * rank)(*reversed(box))
+        kind, swizzle = _TENSOR_TYPES[array.dtype.itemsize], _SWIZZLES.index(swizzle_bytes)
+        refused = self._library.moegen_emulator_tensor_map(
+            made, kind, rank, ctypes.c_uint64(array.ctypes.data), dims, strides, sizes, swizzle, message, _MESSAGE_BYTES
+        )
+        if refused:
+            raise EmulationError(message.value.decode())
+        return made.raw
 
 
 def _three(size: int | Sequence[int]) -> Any:

@@ -39,7 +39,8 @@ def device_array(shape: int | Sequence[int], dtype: Any, align: int = 16) -> np.
     weakref.finalize(buffer, libc.munmap, base, outer)
     content = np.frombuffer(buffer, dtype=np.uint8)
     content[:] = _POISON
-    return content[:count].view(kind).reshape(sizes)
+    made: np.ndarray[Any, np.dtype[Any]] = content[:count].view(kind).reshape(sizes)
+    return made
 
 
 def on_device(array: np.ndarray[Any, np.dtype[Any]], align: int = 16) -> np.ndarray[Any, np.dtype[Any]]:

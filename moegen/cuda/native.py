@@ -13,12 +13,13 @@ from ..paths import package_folder
 from ..toolchain import cxx
 from .translation import translate
 
-_RUNTIME = ("launch", "scheduler", "copies", "matrix")
-_COMMON = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-march=native", "-pthread", "-w")
+# Parts of the runtime, and how much compiling each deserves.
+_RUNTIME = {"launch": "-O1", "scheduler": "-O2", "copies": "-O2", "matrix": "-O3", "bulk": "-O1", "wgmma": "-O3"}
+_COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-march=native", "-pthread", "-w")
 # The running fiber is looked up at every turn, which has to be one load.
 _FIBERS = (*_COMMON, "-ftls-model=initial-exec")
 # Products and sums stay apart unless the source says fma; buffers of bytes are read as any type, as TVM's code does.
-_KERNELS = (*_FIBERS, "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-exceptions")
+_KERNELS = (*_FIBERS, "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-exceptions")
 _SAID_CHARACTERS = 4000
 _WHY = "emulating CUDA needs a C++ compiler"
 
@@ -47,7 +48,10 @@ def library(source: str, folder: pathlib.Path, arch: str) -> pathlib.Path:
     command = cxx(_WHY)
     here, common = _templates(command)
     folder.mkdir(parents=True, exist_ok=True)
-    units = [_Unit(here / f"{name}.cc", _FIBERS, folder / f"{name}-{_digest(common, *_FIBERS)}.o") for name in _RUNTIME]
+    units = [
+        _Unit(here / f"{name}.cc", (*_FIBERS, level), folder / f"{name}-{_digest(common, *_FIBERS, level)}.o")
+        for name, level in _RUNTIME.items()
+    ]
     text = f'#include "emulator.h"\n{translate(source, command, arch).text}'
     stem = f"kernels-{_digest(common, text, *_KERNELS)}"
     made = folder / f"{stem}.so"
@@ -71,7 +75,7 @@ def driver(folder: pathlib.Path) -> pathlib.Path:
     made = folder / f"driver-{_digest(common)}" / "libcuda.so.1"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
-        _link([*command, *_COMMON, "-shared", "-Wl,-soname,libcuda.so.1", str(here / "driver.cc"), "-ldl"], made)
+        _link([*command, *_COMMON, "-O1", "-shared", "-Wl,-soname,libcuda.so.1", str(here / "driver.cc"), "-ldl"], made)
     return made.parent
 
 

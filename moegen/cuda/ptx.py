@@ -22,6 +22,7 @@ _FORMATS = {"f16": "Half", "bf16": "BFloat"}
 _SHARED = r"shared(?:::cta)?"
 _HINTS = r"(?:\.L1::\w+)?(?:\.L2::cache_hint)?(?:\.L2::(?:64|128|256)B)?"
 _CACHED = rf"(?:\.(?:nc|ca|cg|cs|lu|cv|wb|wt|volatile|relaxed|acquire|release|weak|gpu|cta|sys|cluster))*{_HINTS}"
+_BULK = r"shared::(?:cluster|cta)\.global(?:\.tile)?\.mbarrier::complete_tx::bytes(?:\.L2::cache_hint)?"
 _FLOAT = r"(?:\.(?:rn|rz|approx|full|ftz|sat))*"
 
 # (instruction, function, is the address the last operand?). `{T}` and such are what the pattern's groups have found.
@@ -81,15 +82,33 @@ _RULES: tuple[tuple[str, str, bool], ...] = (
         False,
     ),
     (r"mma\.sync\.aligned\.m16n8k(?P<k>8|4)\.row\.col\.f32\.(?P<element>tf32)\.tf32\.f32", "Mma<{element}, {k}>", False),
+    (rf"mbarrier\.init\.{_SHARED}\.b64", "MbarrierInit", False),
+    (rf"mbarrier\.inval\.{_SHARED}\.b64", "MbarrierInval", False),
+    (rf"mbarrier\.arrive{_CACHED}\.{_SHARED}\.b64", "Arrive", False),
+    (rf"mbarrier\.arrive\.expect_tx{_CACHED}\.{_SHARED}\.b64", "ArriveExpect", False),
+    (rf"mbarrier\.expect_tx{_CACHED}\.{_SHARED}\.b64", "MbarrierExpect", False),
+    (rf"mbarrier\.try_wait(?:\.parity)?{_CACHED}\.{_SHARED}\.b64", "TryWait", False),
+    (rf"mbarrier\.test_wait(?:\.parity)?{_CACHED}\.{_SHARED}\.b64", "TestWait", False),
+    (rf"cp\.async\.mbarrier\.arrive\.noinc\.{_SHARED}\.b64", "CpAsyncArriveNoInc", False),
+    (rf"cp\.async\.mbarrier\.arrive\.{_SHARED}\.b64", "CpAsyncArriveInc", False),
+    (rf"cp\.async\.bulk\.tensor\.(?P<rank>[123])d\.{_BULK}", "TensorCopy{rank}", False),
+    (rf"cp\.async\.bulk\.{_BULK}", "BulkCopy", False),
+    (r"wgmma\.fence\.sync\.aligned", "WgmmaFence", False),
+    (r"wgmma\.commit_group\.sync\.aligned", "WgmmaCommitGroup", False),
+    (r"wgmma\.wait_group\.sync\.aligned", "WgmmaWaitGroup", False),
+    (r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32", "SetMaxRegisters", False),
+    (r"elect\.sync", "Elect", False),
     (r"(?:bar|barrier\.cta|barrier)\.sync(?:\.aligned)?", "BarSync", False),
     (r"(?:bar|barrier\.cta|barrier)\.arrive(?:\.aligned)?", "BarArrive", False),
     (r"bar\.warp\.sync", "BarWarpSync", False),
     (r"(?:membar|fence|prefetchu?|applypriority|discard|griddepcontrol)(?:\.[\w:]+)*", "Nothing", False),
     (r"createpolicy\.fractional\.L2::\w+\.b64", "CreatePolicy", False),
-    (r"nanosleep\.u32", "Nothing", False),
+    (r"nanosleep\.u32", "Sleep", False),
     (r"trap", "Trap", False),
 )
 _COMPILED = tuple((re.compile(pattern), function, last) for pattern, function, last in _RULES)
+
+_WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?:16|8)\.f32\.(?P<element>f16|bf16|tf32)\.(?P=element)")
 
 _SPECIAL = {
     **{f"tid.{d}": f"threadIdx.{d}" for d in "xyz"},
@@ -212,6 +231,8 @@ class _Body:
     def _call(self, opcode: str, operands: str) -> str:
         if opcode in ("bra", "bra.uni"):
             return f"goto {self.label(operands.strip())};"
+        if product := _WGMMA.fullmatch(opcode):
+            return self._wgmma(product["element"], _split(operands))
         values = [value for part in _split(operands) for value in self._values(part)]
         if ".L2::cache_hint" in opcode:
             values.pop()  # the policy
@@ -221,6 +242,19 @@ class _Body:
                     values = [values[-1], *values[:-1]]
                 return f"{function.format_map(_named(found))}({', '.join(values)});"
         raise EmulationError(f"PTX instruction {opcode} is not emulated: add it to moegen/cuda/ptx.py")
+
+    def _wgmma(self, element: str, operands: list[str]) -> str:
+        """The accumulators are given by address: they change when `wgmma.wait_group` says so."""
+        sums = ", ".join(f"&{value}" for value in self._values(operands[0]))
+        rest = [self._values(operand) for operand in operands[1:]]
+        made = f"float* const ptx_d[] = {{{sums}}};"
+        function = "WgmmaShared"
+        if len(rest[0]) > 1:
+            function = "WgmmaRegisters"
+            made += f" const uint32_t ptx_a[] = {{{', '.join(f'As<uint32_t>({value})' for value in rest[0])}}};"
+            rest[0] = ["ptx_a"]
+        others = ", ".join(value for values in rest for value in values)
+        return f"{{ {made} {function}<{_ELEMENTS[element]}>(ptx_d, {others}); }}"
 
     def _values(self, text: str) -> list[str]:
         """An operand as C++ expressions: vectors and pairs are several, an address is one, with its offset."""

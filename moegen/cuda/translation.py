@@ -214,7 +214,7 @@ class _Rewriter:
         self._replace(text, end + 1)
 
     def _external(self, name: str, declaration: str) -> str:
-        """An array without a size: declared under another name, for its type and alignment, and a reference to the dynamic memory."""
+        """An array without a size: declared by another name, for its type and alignment, and a reference to dynamic memory."""
         other = f"moegen_extern_{self.count}"
         declaration = re.sub(rf"\b{name}\b", other, declaration)
         return f"extern {declaration}; auto& {name} = ::emulator::Dynamic<decltype({other}), __alignof__({other})>();"
@@ -252,11 +252,11 @@ class _Rewriter:
         closing = self._closing(at)
         parts = self._parts(at + 1, closing, ":")
         text = self._string(*parts[0])
-        operands = [
-            self._operand(*part) for i in (1, 2) if i < len(parts) for part in self._parts(*parts[i], ",") if self._text(*part)
-        ]
+        listed = [part for section in parts[1:3] for part in self._parts(*section, ",")]
+        operands = [self._operand(*part) for part in listed if self._text(*part)]
         self.count += 1
-        self._replace(statement(self._numbered(text, operands), tuple(o for _, o in operands), self.count), closing + 1)
+        made = statement(self._numbered(text, operands), tuple(operand for _, operand in operands), self.count)
+        self._replace(made, closing + 1)
 
     def _parts(self, begin: int, end: int, separator: str) -> list[tuple[int, int]]:
         parts, start, at = [], begin, begin
@@ -296,7 +296,7 @@ class _Rewriter:
         return name, Operand(constraint.lstrip("=+&"), expression, constraint[:1] in "=+")
 
     def _numbered(self, text: str, operands: list[tuple[str | None, Operand]]) -> str:
-        """Operands that the text calls by name, by number; `%%` is one `%` where there are operands."""
+        """Operands that the text calls by name, by number."""
         for i, (name, _) in enumerate(operands):
             if name is not None:
                 text = text.replace(f"%[{name}]", f"%{i}")

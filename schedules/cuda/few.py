@@ -72,7 +72,7 @@ def apply(sch: Any, name: str, knobs: Knobs, item_bytes: int) -> list[Rewrite]:
 def _sum(sch: Any, name: str, prefix: str, column: Any, knobs: Knobs, item_bytes: int) -> None:
     total = sch.get_sblock(f"{prefix}total", name)
     lanes, together = lanes_of(item_bytes), COPY_BYTES // item_bytes
-    sch.set_scope(total, 0, "local" if prefix or True else "shared")
+    sch.set_scope(total, 0, "local")
     sch.compute_at(total, column, preserve_unit_loops=True)
     *outer, k = sch.get_loops(total)[3:]
     steps = int(sch.get(k).extent) // K_MULTIPLE

@@ -79,7 +79,7 @@ def apply(sch: Any, name: str, product: Product, tile: Tile, item_bytes: int, tf
 
 
 def _function(product: Product, tile: Tile, item_bytes: int, tf32: bool) -> str:
-    """The device function, with its sizes: a warp's fragments of 16 rows and of 8 columns, parts, warps side by side, terms, and the stride of rows."""
+    """The device function with its sizes: a warp's fragments of 16 rows and of 8 columns, parts, warps across, terms, stride."""
     function = FUNCTIONS.get((product.dtype, tf32))
     if function is None:
         raise ScheduleError(f"tf32 is for float32 layers, not {product.dtype}")

@@ -6,12 +6,16 @@ How weights are packed does not depend on it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from moegen.cuda_geometry import K_MULTIPLE, Product
 from moegen.errors import ScheduleError
 
 ROWS = (16, 64, 128)  # of the row blocks that there are tile kernels for
 MOST_SUMS = 128  # of one thread: half of its registers
+OTHER_REGISTERS = 64  # of one thread, about: fragments, addresses and what the epilogue needs
+MOST_REGISTERS, BLOCK_REGISTERS = 255, 65536  # of one thread, and of all threads of a block together
+MOST_COPIES = 16  # of 16 bytes that one thread begins for a stage: they are unrolled
 FEW_LANES_BYTES = 128  # of one row of weights that neighbouring threads read together
 
 
@@ -45,6 +49,11 @@ class Tile:
         return 32 * self.warps
 
     @property
+    def registers(self) -> int:
+        """Registers that a thread may have: more would not fit into a multiprocessor."""
+        return min(MOST_REGISTERS, BLOCK_REGISTERS // self.threads)
+
+    @property
     def thread_rows(self) -> int:
         """Rows of one thread, which are neighbours: two of each fragment of 16."""
         return self.rows // self.row_warps // 8
@@ -59,15 +68,19 @@ class Tile:
         return self.stages * (self.rows + parts * self.columns) * (self.terms * item_bytes + 16)
 
 
-def default(rows: int, product: Product, item_bytes: int) -> Tile:
-    """By the height of the row block; of wide types, half as many terms are a stage."""
+def default(rows: int, product: Product, item_bytes: int, most_shared_bytes: int) -> Tile:
+    """By the height of the row block; of wide types, half as many terms are a stage. As many stages as fit, up to what helps."""
     terms = 64 if item_bytes == 2 else 32
     wide = product.parts == 1 and product.n_padded % 128 == 0
     if rows == 16:
-        return Tile(16, 64 if product.parts == 1 else 32, terms, 4, 1, 4)
-    if rows == 64:
-        return Tile(64, 128 if wide else 64, terms, 3, 2, 2)
-    return Tile(rows, 128 if wide else 64, terms, 3, 4, 2) if rows == 128 else Tile(rows, 64, terms, 2, 1, 4)
+        tile = Tile(16, 64 if product.parts == 1 else 32, terms, 4, 1, 4)
+    elif rows == 64:
+        tile = Tile(64, 128, terms, 3, 2, 2) if wide else Tile(64, 64, terms, 4 if product.parts == 1 else 3, 2, 2)
+    else:
+        tile = Tile(128, 128 if wide else 64, terms, 3, 4, 2)
+    while tile.stages > 2 and tile.shared_bytes(product.parts, item_bytes) > most_shared_bytes:
+        tile = dataclasses.replace(tile, stages=tile.stages - 1)
+    return tile
 
 
 def check(tile: Tile, product: Product, item_bytes: int, most_shared_bytes: int) -> None:
@@ -102,15 +115,18 @@ def check(tile: Tile, product: Product, item_bytes: int, most_shared_bytes: int)
 
 def space(rows: int, product: Product, item_bytes: int, most_shared_bytes: int) -> tuple[Tile, ...]:
     """Every legal tile of a height that is worth trying."""
-    found = []
-    for columns in (16, 32, 64, 128):
-        for terms in (32, 64):
-            for stages in (2, 3, 4, 5, 6):
-                for row_warps, column_warps in ((1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (1, 8)):
-                    tile = Tile(rows, columns, terms, stages, row_warps, column_warps)
-                    try:
-                        check(tile, product, item_bytes, most_shared_bytes)
-                    except ScheduleError:
-                        continue
-                    found.append(tile)
-    return tuple(found)
+    warps = ((1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4))
+    sizes = itertools.product((16, 32, 64, 128), (16, 32, 64), (2, 3, 4, 5, 6), warps)
+    tiles = (Tile(rows, columns, terms, stages, *both) for columns, terms, stages, both in sizes)
+    return tuple(tile for tile in tiles if _worth_trying(tile, product, item_bytes, most_shared_bytes))
+
+
+def _worth_trying(tile: Tile, product: Product, item_bytes: int, most_shared_bytes: int) -> bool:
+    """Legal, with sums that stay in registers and copies that are soon begun."""
+    try:
+        check(tile, product, item_bytes, most_shared_bytes)
+    except ScheduleError:
+        return False
+    sums = tile.thread_rows * tile.thread_columns * product.parts
+    copies = (tile.rows + product.parts * tile.columns) * tile.terms * item_bytes // (16 * tile.threads)
+    return sums + OTHER_REGISTERS <= tile.registers and copies <= MOST_COPIES

@@ -10,7 +10,7 @@ MOST_THREADS = 256
 
 
 def apply(sch: Any, name: str, experts: int) -> list[Rewrite]:
-    """Every stage of a token in shared memory, its experts side by side; what is one number for all is reduced across the threads."""
+    """Every stage of a token in shared memory, its experts side by side; what is one number for all is reduced across threads."""
     threads = min(MOST_THREADS, max(32, 1 << (experts - 1).bit_length()))
     blocks = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root", name))}
     outputs = [stage for stage in blocks if stage.startswith("output")]
@@ -18,20 +18,25 @@ def apply(sch: Any, name: str, experts: int) -> list[Rewrite]:
     sch.bind(token, "blockIdx.x")
     _spread(sch, choice, threads)
     for stage in reversed([stage for stage in blocks if stage not in outputs]):
-        block = blocks[stage]
-        for written in range(len(sch.get(block).writes)):
-            sch.set_scope(block, written, "shared")
-        sch.compute_at(block, token, preserve_unit_loops=True)
-        loops = sch.get_loops(block)[1:]
-        spatial = [loop for loop, var in zip(loops, sch.get(block).iter_vars, strict=True) if int(var.iter_type) == 0]
-        if len(spatial) > 1:
-            _spread(sch, spatial[1], threads)
-        else:
-            _spread(sch, loops[-1], threads)
+        _place(sch, blocks[stage], token, threads)
     return []
 
 
+def _place(sch: Any, block: Any, token: Any, threads: int) -> None:
+    """What a block makes of one token: by many threads in shared memory, or a single value by each for itself."""
+    sch.compute_at(block, token, preserve_unit_loops=True)
+    loops = list(zip(sch.get_loops(block)[1:], sch.get(block).iter_vars, strict=True))
+    spatial = [loop for loop, var in loops[1:] if int(var.iter_type) == 0 and int(sch.get(loop).extent) > 1]
+    summed = [loop for loop, var in loops if int(var.iter_type) != 0 and int(sch.get(loop).extent) > 1]
+    for written in range(len(sch.get(block).writes)):
+        sch.set_scope(block, written, "shared" if spatial or summed else "local")
+    if spatial or summed:
+        _spread(sch, (spatial or summed)[0], threads)
+
+
 def _spread(sch: Any, loop: Any, threads: int) -> None:
-    """Neighbouring iterations on neighbouring threads."""
+    """Neighbouring iterations on neighbouring threads; of a single one, all do the same."""
+    if int(sch.get(loop).extent) == 1:
+        return
     _, thread = sch.split(loop, [None, threads])
     sch.bind(thread, "threadIdx.x")

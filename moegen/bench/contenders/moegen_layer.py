@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays import HostArray
-from ...runtime import load
+from ...runtime import Module, load
 from .family import Family, Settings
 from .roster import DENSE, OURS
 
@@ -20,6 +20,7 @@ class MoegenLayer(Family):
         super().__init__(settings)
         start = time.perf_counter()
         module = load(settings.artifact, threads=settings.threads)
+        assert isinstance(module, Module), "a CPU's"
         loaded = time.perf_counter()
         self.layer = module.bind(self.weights())
         self.seconds = {"load": loaded - start, "bind": time.perf_counter() - loaded}

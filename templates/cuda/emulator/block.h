@@ -1,9 +1,11 @@
 // A block that runs: its fibers, and which of them goes on next. Only the runtime sees this.
 #pragma once
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runtime.h"
+#include "tensor_map.h"
 
 namespace emulator {
 
@@ -24,6 +26,31 @@ class Random {
   uint64_t state_;
 };
 
+// Work that the device does beside its threads.
+struct Event {
+  void (*deliver)(const Event& event);
+  const char* name;  // of copies that must have arrived when the block ends, otherwise null
+  Fiber* fiber;      // that asked for it
+  uint32_t to, barrier, bytes;
+  const void* from;
+  uint64_t until;  // the fiber's copies before this number
+  TensorMap map;
+  int32_t coordinates[5];
+};
+
+namespace ptx {
+struct Products;  // wgmma.cc
+void Free(Products* products);
+}  // namespace ptx
+
+// A warpgroup: what its threads do together, and its products under way.
+struct Group {
+  unsigned arrived = 0;
+  const Operation* operation = nullptr;
+  void* operands[kGroup];
+  ptx::Products* products = nullptr;
+};
+
 struct Block {
   const Kernel* kernel = nullptr;
   void* const* arguments = nullptr;
@@ -32,6 +59,9 @@ struct Block {
   unsigned threads = 0, warps = 0, live = 0;
   Warp warp[kMaxThreads / kWarp];
   Barrier barrier[kBarriers];
+  Group group[kMaxThreads / kGroup];
+  std::vector<std::pair<uint32_t, Fiber*>> waiting_at;  // addresses of shared memory
+  std::vector<Event> events;
   std::vector<Fiber> fibers;
   Order order = Order::kAscending;
   Random random;
@@ -50,6 +80,9 @@ struct Block {
 
 // Runs the block whose fields have been set, until all of its threads have ended or one of them has failed.
 void Run(Block* block);
+
+// Has something done later.
+void Begin(Event event);
 
 // Ends the fiber that runs, with the message of a failure. Also called from the handler of signals.
 [[noreturn]] void Abandon(const std::string& message);

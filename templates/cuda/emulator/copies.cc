@@ -2,10 +2,8 @@
 //
 // From its issue to the wait that covers it a copy's destination is undefined: it holds poison. So a kernel that reads without
 // having waited, or that lets a copy overwrite what others still read, gets NaN here instead of luck.
-#include <algorithm>
 #include <cstring>
 
-#include "intrinsics.h"
 #include "ptx.h"
 
 namespace emulator::ptx {
@@ -25,15 +23,6 @@ void Deliver(const Copy& copy) {
   std::memset(to + copy.read, 0, copy.bytes - copy.read);
 }
 
-void DeliverGroups(Copies* copies, size_t groups) {
-  if (groups == 0) return;
-  size_t count = copies->groups[groups - 1];
-  for (size_t i = 0; i < count; ++i) Deliver(copies->issued[i]);
-  copies->issued.erase(copies->issued.begin(), copies->issued.begin() + static_cast<ptrdiff_t>(count));
-  copies->groups.erase(copies->groups.begin(), copies->groups.begin() + static_cast<ptrdiff_t>(groups));
-  for (size_t& end : copies->groups) end -= count;
-}
-
 }  // namespace
 
 void CheckAligned(const void* pointer, size_t bytes, const char* instruction) {
@@ -49,11 +38,18 @@ void IssueCopy(uint32_t to, const void* from, uint32_t bytes, uint32_t read) {
   current->copies.issued.push_back({to, bytes, read, from});
 }
 
-void CpAsyncCommitGroup() { current->copies.groups.push_back(current->copies.issued.size()); }
+void DeliverCopies(Copies* copies, uint64_t until) {
+  for (; copies->first < until && !copies->issued.empty(); ++copies->first) {
+    Deliver(copies->issued.front());
+    copies->issued.pop_front();
+  }
+}
+
+void CpAsyncCommitGroup() { current->copies.groups.push_back(current->copies.first + current->copies.issued.size()); }
 
 void CpAsyncWaitGroup(unsigned left) {
   Copies* copies = &current->copies;
-  if (copies->groups.size() > left) DeliverGroups(copies, copies->groups.size() - left);
+  for (; copies->groups.size() > left; copies->groups.pop_front()) DeliverCopies(copies, copies->groups.front());
 }
 
 void CpAsyncWaitAll() {
@@ -71,7 +67,7 @@ struct Voter {
   uint32_t result;
 };
 
-void PerformBallot(void* const operands[kWarp], uint32_t lanes) {
+void PerformBallot(void* const* operands, uint32_t lanes) {
   uint32_t result = 0;
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if ((lanes >> lane & 1) && static_cast<Voter*>(operands[lane])->value) result |= 1u << lane;

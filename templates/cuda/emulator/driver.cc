@@ -1,7 +1,7 @@
 // libcuda.so.1 without a device: the part of the driver's interface that compiled layers use, on top of emulated kernels.
 //
-// Machine code that is loaded is ignored; kernels come from the library named by $MOEGEN_EMULATED_KERNELS. Every call has done its
-// work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
+// Machine code that is loaded is ignored; its kernels come from the libraries that $MOEGEN_EMULATED_KERNELS names meanwhile, parted by
+// colons. Every call has done its work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
 // $MOEGEN_EMULATED_THREADS how many threads run blocks, $MOEGEN_EMULATED_ORDER (ascending, descending, shuffled) and
 // $MOEGEN_EMULATED_SEED in which order threads run. Structures and numbers are those of the driver's interface.
 #include <dlfcn.h>
@@ -10,12 +10,17 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "device_memory.h"
 #include "launch.h"
+#include "tensor_map.h"
 
 namespace {
 
@@ -80,35 +85,44 @@ Result Give(Out* out, Value value) {
 
 struct Function {
   std::string name;
+  decltype(&moegen_emulator_launch) launch = nullptr;
   int max_threads = 0, static_shared = 0, parameters = 0;
   int max_dynamic = static_cast<int>(kPlainShared);
 };
 
 struct Library {
-  void* handle = nullptr;
-  decltype(&moegen_emulator_kernel) kernel = nullptr;
-  decltype(&moegen_emulator_launch) launch = nullptr;
   std::map<std::string, Function> functions;
 };
 
+// Adds the kernels of a compiled source.
+Result Add(Library* library, const std::string& path) {
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) return Refuse(kFileNotFound, dlerror());
+  auto next = reinterpret_cast<decltype(&moegen_emulator_kernel)>(dlsym(handle, "moegen_emulator_kernel"));
+  auto launch = reinterpret_cast<decltype(&moegen_emulator_launch)>(dlsym(handle, "moegen_emulator_launch"));
+  if (next == nullptr || launch == nullptr) return Refuse(kFileNotFound, path + " has no kernels");
+  MoegenKernel kernel;
+  for (int i = 0; next(i, &kernel) != 0; ++i) {
+    Function function{kernel.name, launch, kernel.max_threads, kernel.static_shared, kernel.parameters};
+    if (!library->functions.emplace(kernel.name, function).second) return Refuse(kInvalidValue, std::string("there are two kernels ") + kernel.name);
+  }
+  return kSuccess;
+}
+
 Result Open(Library** out) {
   static std::mutex mutex;
-  static Library* library = nullptr;  // one for the process: every image that is loaded has the same kernels
+  static auto* libraries = new std::map<std::string, Library*>;  // by their paths: an image has the kernels of when it is loaded
   std::lock_guard<std::mutex> lock(mutex);
+  const char* named = std::getenv("MOEGEN_EMULATED_KERNELS");
+  if (named == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
+  Library*& library = (*libraries)[named];
   if (library == nullptr) {
-    const char* path = std::getenv("MOEGEN_EMULATED_KERNELS");
-    if (path == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
-    auto* opened = new Library;
-    opened->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (opened->handle == nullptr) return Refuse(kFileNotFound, dlerror());
-    opened->kernel = reinterpret_cast<decltype(opened->kernel)>(dlsym(opened->handle, "moegen_emulator_kernel"));
-    opened->launch = reinterpret_cast<decltype(opened->launch)>(dlsym(opened->handle, "moegen_emulator_launch"));
-    if (opened->kernel == nullptr || opened->launch == nullptr) return Refuse(kFileNotFound, std::string(path) + " has no kernels");
-    MoegenKernel kernel;
-    for (int i = 0; opened->kernel(i, &kernel) != 0; ++i) {
-      opened->functions[kernel.name] = {kernel.name, kernel.max_threads, kernel.static_shared, kernel.parameters};
+    auto opened = std::make_unique<Library>();
+    std::istringstream paths(named);
+    for (std::string path; std::getline(paths, path, ':');) {
+      if (Result added = Add(opened.get(), path); added != kSuccess) return added;
     }
-    library = opened;
+    library = opened.release();
   }
   *out = library;
   return kSuccess;
@@ -125,7 +139,11 @@ Result FindFunction(void** out, void* library, const char* name) {
 
 int OrderNamed(const std::string& name) { return name == "shuffled" ? 2 : name == "descending" ? 1 : 0; }
 
+// For tests: how often kernels were launched, and how often somebody waited for the device.
+long launches = 0, waits = 0;
+
 Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared, void** parameters, void** extra) {
+  ++launches;
   if (function == nullptr) return kInvalidHandle;
   if (extra != nullptr) return Refuse(kNotSupported, "launches with a buffer of arguments are not emulated");
   if (parameters == nullptr && function->parameters > 0) return Refuse(kInvalidValue, "kernel " + function->name + " got no arguments");
@@ -133,8 +151,6 @@ Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&bl
     return Refuse(kInvalidValue, "kernel " + function->name + " is launched with " + std::to_string(shared) +
                                      " bytes of dynamic shared memory, and its attribute allows " + std::to_string(function->max_dynamic));
   }
-  Library* library;
-  if (Result opened = Open(&library); opened != kSuccess) return opened;
   MoegenLaunch request{};
   request.kernel = function->name.c_str();
   for (int i = 0; i < 3; ++i) {
@@ -149,8 +165,11 @@ Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&bl
   request.arguments = parameters;
   char message[4096];
   const void* fault = nullptr;  // which address, when the message says that one was refused
-  if (library->launch(&request, message, sizeof message, &fault) != 0) return Refuse(kLaunchFailed, message);
   size_t bytes;
+  if (function->launch(&request, message, sizeof message, &fault) != 0) {
+    while (Memory().Overrun(&bytes) != 0) continue;  // said once is enough
+    return Refuse(kLaunchFailed, message);
+  }
   if (Memory().Overrun(&bytes) == 0) return kSuccess;
   return Refuse(kLaunchFailed, "kernel " + function->name + " writes after the end of an allocation of " + std::to_string(bytes) + " bytes");
 }
@@ -316,7 +335,10 @@ DRIVER cuCtxPopCurrent_v2(void** out) {
   return kSuccess;
 }
 DRIVER cuCtxGetDevice(int* device) { return Give(device, 0); }
-DRIVER cuCtxSynchronize() { return kSuccess; }
+DRIVER cuCtxSynchronize() {
+  ++waits;
+  return kSuccess;
+}
 
 DRIVER cuGetErrorName(int error, const char** out) {
   switch (error) {
@@ -442,6 +464,13 @@ DRIVER cuMemsetD8Async(Pointer to, unsigned char value, size_t count, void*) { r
 DRIVER cuMemsetD16Async(Pointer to, unsigned short value, size_t count, void*) { return Fill(to, value, count); }
 DRIVER cuMemsetD32Async(Pointer to, unsigned value, size_t count, void*) { return Fill(to, value, count); }
 
+DRIVER cuTensorMapEncodeTiled(void* out, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
+                              const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int, int fill) {
+  auto at = reinterpret_cast<uint64_t>(address);
+  std::string refusal = emulator::EncodeTensorMap({type, rank, at, dims, strides, box, steps, interleave, swizzle, fill}, out);
+  return refusal.empty() ? kSuccess : Refuse(kInvalidValue, refusal);
+}
+
 // ---------------------------------------------------------------- streams and events
 
 DRIVER cuStreamCreate(void** out, unsigned) { return Give(out, new int); }
@@ -450,7 +479,10 @@ DRIVER cuStreamDestroy_v2(void* stream) {
   delete static_cast<int*>(stream);
   return kSuccess;
  }
-DRIVER cuStreamSynchronize(void*) { return kSuccess; }
+DRIVER cuStreamSynchronize(void*) {
+  ++waits;
+  return kSuccess;
+}
 DRIVER cuStreamQuery(void*) { return kSuccess; }
 DRIVER cuStreamWaitEvent(void*, void*, unsigned) { return kSuccess; }
 DRIVER cuStreamIsCapturing(void*, int* status) { return Give(status, 0); }
@@ -483,3 +515,8 @@ DRIVER cuGetProcAddress_v2(const char* symbol, void** out, int, uint64_t, int* s
 DRIVER cuGetProcAddress(const char* symbol, void** out, int version, uint64_t flags) {
   return cuGetProcAddress_v2(symbol, out, version, flags, nullptr);
 }
+
+// ---------------------------------------------------------------- of the emulator alone
+
+extern "C" __attribute__((visibility("default"))) long moegen_emulated_launches() { return launches; }
+extern "C" __attribute__((visibility("default"))) long moegen_emulated_waits() { return waits; }

@@ -1,6 +1,6 @@
 // CUDA C as C++: what comes before the source of kernels that moegen/cuda/translation.py has rewritten.
 //
-// The launch, the fibers and the instructions are compiled beside it (launch.cc, scheduler.cc, matrix.cc, copies.cc).
+// The launch, the fibers and the instructions are compiled beside it (launch.cc, scheduler.cc, matrix.cc, wgmma.cc, copies.cc, bulk.cc).
 #pragma once
 #include <assert.h>
 #include <stddef.h>
@@ -29,7 +29,13 @@ struct Entry<void(Parameters...), function> {
   template <size_t... i>
   static void Apply(void* const* arguments, std::index_sequence<i...>) {
     (void)arguments;
-    function(*static_cast<std::remove_cv_t<Parameters>*>(arguments[i])...);
+    function(Load<std::remove_cv_t<Parameters>>(arguments[i])...);
+  }
+  template <class T>
+  static T Load(const void* from) {  // which need not be aligned
+    T value;
+    memcpy(static_cast<void*>(&value), from, sizeof value);
+    return value;
   }
   static void Call(void* const* arguments) { Apply(arguments, std::index_sequence_for<Parameters...>{}); }
 
@@ -45,6 +51,10 @@ constexpr unsigned First(unsigned bound, Bounds...) {
 }
 
 }  // namespace emulator
+
+struct alignas(64) CUtensorMap {
+  unsigned long long opaque[16];
+};
 
 #define MOEGEN_KERNEL(name, index, max_threads) \
   static const ::emulator::Entry<std::remove_pointer_t<decltype(&name)>, &name> moegen_entry_##index(#name, index, max_threads);

@@ -214,7 +214,7 @@ struct Shuffle {
 };
 
 template <class T>
-inline void PerformShuffle(void* const operands[kWarp], uint32_t lanes) {
+inline void PerformShuffle(void* const* operands, uint32_t lanes) {
   T values[kWarp];
   for (uint32_t left = lanes; left != 0; left &= left - 1) {
     int lane = __builtin_ctz(left);

@@ -354,6 +354,14 @@ int moegen_emulator_parameter(const char* name, int index, char* kind) {
   return static_cast<int>(kernel->parameters[index].bytes);
 }
 
+int moegen_emulator_tensor_map(void* out, int type, unsigned rank, uint64_t address, const uint64_t* dims, const uint64_t* strides,
+                               const uint32_t* box, int swizzle, char* message, unsigned bytes) {
+  const uint32_t steps[5] = {1, 1, 1, 1, 1};
+  std::string refusal = EncodeTensorMap({type, rank, address, dims, strides, box, steps, 0, swizzle, 0}, out);
+  std::snprintf(message, bytes, "%s", refusal.c_str());
+  return refusal.empty() ? 0 : 1;
+}
+
 int moegen_emulator_launch(const MoegenLaunch* request, char* message, unsigned bytes, const void** fault) {
   Launch launch;
   launch.kernel = Find(request->kernel);

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "intrinsics.h"
 #include "ptx.h"
 
 namespace emulator::ptx {
@@ -23,7 +22,7 @@ struct MatrixAccess {
 
 // The halves of register `matrix` of a lane are at row lane / 4, columns 2 * (lane % 4) and one more; transposed, at column and row.
 template <unsigned matrices, bool transposed, bool store>
-void PerformMatrix(void* const operands[kWarp], uint32_t) {
+void PerformMatrix(void* const* operands, uint32_t) {
   for (unsigned matrix = 0; matrix < matrices; ++matrix) {
     char* rows[8];
     for (unsigned row = 0; row < 8; ++row) {
@@ -87,7 +86,7 @@ void Unpack(const Fragments& lane, unsigned group, unsigned thread, float a[kRow
 }
 
 template <Element element, unsigned depth>
-void PerformMultiply(void* const operands[kWarp], uint32_t) {
+void PerformMultiply(void* const* operands, uint32_t) {
   alignas(64) float a[kRows][kMaxDepth], b[kMaxDepth][kColumns], c[kRows][kColumns];
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const auto& mine = *static_cast<const Fragments*>(operands[lane]);

@@ -5,8 +5,7 @@
 #pragma once
 #include <type_traits>
 
-#include "half.h"
-#include "runtime.h"
+#include "intrinsics.h"
 
 namespace emulator::ptx {
 
@@ -242,6 +241,7 @@ template <class D, class S, class N, class R>
 inline void CpAsync(D to, S from, N bytes, R read) {
   IssueCopy(As<uint32_t>(to), GlobalPointer(from), static_cast<uint32_t>(bytes), static_cast<uint32_t>(read));
 }
+void DeliverCopies(Copies* copies, uint64_t until);
 void CpAsyncCommitGroup();
 void CpAsyncWaitGroup(unsigned left);
 void CpAsyncWaitAll();
@@ -286,6 +286,96 @@ inline void Mma(D& d0, D& d1, D& d2, D& d3, A a0, A a1, B b0, C c0, C c1, C c2, 
   TakeEach(d, d0, d1, d2, d3);
 }
 
+// wgmma.mma_async: the warpgroup's 64 x N tile of float32; its registers change when wgmma.wait_group says so.
+struct Wgmma {
+  Element element;
+  float* const* d;          // N / 2 registers of this thread
+  unsigned columns;         // N
+  const uint32_t* a;        // four registers of this thread, or null
+  uint64_t a_descriptor, b_descriptor;
+  bool accumulate;          // false: what d held is forgotten
+  int scale_a, scale_b;     // 1 or -1
+  bool a_transposed, b_transposed;
+};
+void IssueWgmma(const Wgmma& wgmma);
+void WgmmaFence();
+void WgmmaCommitGroup();
+void WgmmaWaitGroup(unsigned left);
+
+template <Element element, unsigned registers, class A, class B, class P>
+inline void WgmmaShared(float* const (&d)[registers], A a, B b, P accumulate, int scale_a, int scale_b, int a_trans = 0, int b_trans = 0) {
+  IssueWgmma({element, d, registers * 2, nullptr, As<uint64_t>(a), As<uint64_t>(b), accumulate != 0, scale_a, scale_b, a_trans != 0, b_trans != 0});
+}
+template <Element element, unsigned registers, class B, class P>
+inline void WgmmaRegisters(float* const (&d)[registers], const uint32_t (&a)[4], B b, P accumulate, int scale_a, int scale_b, int b_trans = 0) {
+  IssueWgmma({element, d, registers * 2, a, 0, As<uint64_t>(b), accumulate != 0, scale_a, scale_b, false, b_trans != 0});
+}
+
+// ---------------------------------------------------------------- mbarriers and bulk copies
+
+void MbarrierInit(uint32_t address, uint32_t count);
+void MbarrierInval(uint32_t address);
+uint64_t MbarrierArrive(uint32_t address, uint32_t count, uint32_t bytes);
+void MbarrierExpect(uint32_t address, uint32_t bytes);
+bool MbarrierTest(uint32_t address, uint32_t parity);
+void MbarrierWait(uint32_t address, uint32_t parity);
+void IssueTensorCopy(uint32_t to, const void* map, const int32_t* coordinates, unsigned rank, uint32_t barrier);
+void IssueBulkCopy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
+void CpAsyncArrive(uint32_t barrier, bool counted);
+
+template <class D>
+inline void Arrive(D& token, uint32_t address, uint32_t count = 1) {
+  Put(token, MbarrierArrive(address, count, 0));
+}
+template <class D>
+inline void ArriveExpect(D& token, uint32_t address, uint32_t bytes) {
+  Put(token, MbarrierArrive(address, 1, bytes));
+}
+// The token of an arrival is the parity of its phase, so that waiting for either is the same.
+template <class P, class T>
+inline void TestWait(P& done, uint32_t address, T parity) {
+  Put(done, MbarrierTest(address, static_cast<uint32_t>(parity)));
+}
+template <class P, class T>
+inline void TryWait(P& done, uint32_t address, T parity, uint32_t = 0) {
+  MbarrierWait(address, static_cast<uint32_t>(parity));
+  Put(done, true);
+}
+template <class M, class... C>
+inline void TensorCopyWith(uint32_t to, M map, uint32_t barrier, C... coordinates) {
+  const int32_t at[] = {As<int32_t>(coordinates)...};
+  IssueTensorCopy(to, GlobalPointer(map), at, sizeof...(C), barrier);
+}
+template <class T, class M, class C0, class B>
+inline void TensorCopy1(T to, M map, C0 c0, B barrier) {
+  TensorCopyWith(to, map, barrier, c0);
+}
+template <class T, class M, class C, class B>
+inline void TensorCopy2(T to, M map, C c0, C c1, B barrier) {
+  TensorCopyWith(to, map, barrier, c0, c1);
+}
+template <class T, class M, class C, class B>
+inline void TensorCopy3(T to, M map, C c0, C c1, C c2, B barrier) {
+  TensorCopyWith(to, map, barrier, c0, c1, c2);
+}
+template <class F>
+inline void BulkCopy(uint32_t to, F from, uint32_t bytes, uint32_t barrier) {
+  IssueBulkCopy(to, GlobalPointer(from), bytes, barrier);
+}
+inline void CpAsyncArriveNoInc(uint32_t barrier) { CpAsyncArrive(barrier, true); }
+inline void CpAsyncArriveInc(uint32_t barrier) { CpAsyncArrive(barrier, false); }
+
+template <class D, class P>
+inline void Elect(D& leader, P& mine, uint32_t mask) {
+  SynchronizeWarp(mask);
+  uint32_t first = static_cast<uint32_t>(__builtin_ctz(mask & ActiveMask()));
+  Put(leader, first);
+  Put(mine, current->lane == first);
+}
+inline void SetMaxRegisters(uint32_t count) {
+  if (count % 8 != 0 || count < 24 || count > 256) Fail("setmaxnreg: %u registers, it has to be a multiple of 8 from 24 to 256", count);
+}
+
 // ---------------------------------------------------------------- barriers
 
 template <class I>
@@ -313,6 +403,10 @@ inline void Nothing(Any...) {
 template <class D>
 inline void CreatePolicy(D& d) {
   Put(d, uint64_t{0});
+}
+template <class T>
+inline void Sleep(T) {
+  Yield();
 }
 [[noreturn]] inline void Trap() { Fail("trap"); }
 

@@ -6,7 +6,7 @@
 #include <cstdarg>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <deque>
 
 #include "fiber.h"
 #include "vectors.h"
@@ -14,6 +14,7 @@
 namespace emulator {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kGroup = 128;  // threads of a warpgroup
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kBarriers = 16;
 constexpr uint32_t kAllLanes = 0xffffffffu;
@@ -32,8 +33,9 @@ struct Copy {
 };
 
 struct Copies {
-  std::vector<Copy> issued;
-  std::vector<size_t> groups;  // where each committed group ends in `issued`
+  std::deque<Copy> issued;       // those that have not arrived
+  uint64_t first = 0;            // number of the first of them, counted from the thread's beginning
+  std::deque<uint64_t> groups;   // number after the last copy of each committed group
 };
 
 // What a fiber waits for, for the message when it waits for ever.
@@ -64,7 +66,7 @@ struct Fiber {
 // `operands` has the address that each lane gave; it lies on the lane's own stack, and results are written there.
 struct Operation {
   const char* name;
-  void (*perform)(void* const operands[kWarp], uint32_t lanes);
+  void (*perform)(void* const* operands, uint32_t lanes);
   bool aligned = false;  // defined only when all 32 lanes execute it
 };
 
@@ -105,6 +107,13 @@ void Yield();
 
 // Waits until all lanes of `mask` that have not ended are at the same operation.
 void Meet(uint32_t mask, const Operation& operation, void* operands);
+
+// Waits until all 128 threads of a warpgroup are at the same operation.
+void MeetGroup(const Operation& operation, void* operands);
+
+// Waits until somebody calls WakeAt with the same address of shared memory, or for no reason.
+void WaitAt(uint32_t address, const char* what);
+void WakeAt(uint32_t address);
 
 // bar.sync (`wait`) or bar.arrive on one of the 16 barriers; `threads` of them, 0 for the whole block.
 uint32_t Synchronize(unsigned barrier, unsigned threads, int place, bool wait = true, Vote vote = Vote::kNone, bool value = false);

@@ -87,6 +87,20 @@ Fiber* Next(Block* block, unsigned warp) {
   Fail("deadlock: %u of %u threads have ended and the others wait for ever: %s", block.threads - block.live, block.threads, said.c_str());
 }
 
+// Does one thing that the device has to do beside its threads: the first or the last asked for, or any.
+void DeliverOne(Block* block) {
+  size_t count = block->events.size(), which = 0;
+  if (block->order == Order::kDescending) which = count - 1;
+  if (block->order == Order::kShuffled) which = block->random(static_cast<uint32_t>(count));
+  Event event = block->events[which];
+  block->events.erase(block->events.begin() + static_cast<ptrdiff_t>(which));
+  block->spins = 0;
+  Fiber* me = current;
+  current = event.fiber;  // for messages
+  event.deliver(event);
+  current = me;
+}
+
 void Go(Fiber* from, Fiber* to) {
   if (to == from) return;
   current = to;
@@ -95,8 +109,15 @@ void Go(Fiber* from, Fiber* to) {
 
 // The caller is not ready: others run until it is.
 void Leave(Fiber* me) {
-  Fiber* next = Next(me->block, static_cast<unsigned>(me->warp - me->block->warp));
-  if (next == nullptr) Stuck(*me->block);
+  Block* block = me->block;
+  unsigned warp = static_cast<unsigned>(me->warp - block->warp);
+  if (block->order == Order::kShuffled && !block->events.empty() && block->random(8) == 0) DeliverOne(block);
+  Fiber* next = Next(block, warp);
+  while (next == nullptr) {
+    if (block->events.empty()) Stuck(*block);
+    DeliverOne(block);
+    next = Next(block, warp);
+  }
   Go(me, next);
 }
 
@@ -165,6 +186,9 @@ void Depart(Fiber* me) {
     if (meeting->operation->aligned) Fail("this thread ends while others of its warp wait for it at %s", meeting->operation->name);
     if (meeting->arrived == (meeting->mask & warp->live)) Complete(warp, meeting);
   }
+  if (Group& group = block->group[me->index / kGroup]; group.arrived > 0) {
+    Fail("this thread ends while others of its warpgroup wait for it at %s", group.operation->name);
+  }
   for (Barrier& barrier : block->barrier) {  // threads that have ended count as arrived, as they do on the device
     if (barrier.arrived > 0 && barrier.expected == 0 && barrier.arrived == block->live) {
       GiveResults(block, barrier, Voted(barrier.vote, barrier.trues, barrier.arrived));
@@ -178,12 +202,15 @@ void Main() {
   me->block->kernel->call(me->block->arguments);
   Depart(me);
   if (me->block->live > 0) Leave(me);
+  for (const Event& event : me->block->events) {
+    if (event.name != nullptr) Fail("the block has ended and a %s has not arrived", event.name);
+  }
   current = nullptr;
   Switch(&me->context, me->block->base);
   __builtin_unreachable();
 }
 
-void Begin(Block* block, unsigned index) {
+void Prepare(Block* block, unsigned index) {
   const dim3& size = block->place.size;
   Fiber* fiber = &block->fibers[index];
   fiber->index = index;
@@ -193,8 +220,7 @@ void Begin(Block* block, unsigned index) {
   fiber->block = block;
   fiber->warp = &block->warp[index / kWarp];
   fiber->waiting.what = nullptr;
-  fiber->copies.issued.clear();
-  fiber->copies.groups.clear();
+  fiber->copies = Copies{};
   char* bottom = block->stacks + index * block->stack_stride;
   // Tops of stacks at different places of a page: otherwise all of them compete for the same few lines of the cache.
   char* top = bottom + block->stack_stride - 4096 - index * 832 % 4096;
@@ -211,12 +237,18 @@ void Run(Block* block) {
   block->failed = false;
   block->spins = 0;
   for (Barrier& barrier : block->barrier) barrier = Barrier{};
+  for (Group& group : block->group) {
+    group.arrived = 0;
+    ptx::Free(std::exchange(group.products, nullptr));
+  }
+  block->waiting_at.clear();
+  block->events.clear();
   for (unsigned w = 0; w < block->warps; ++w) {
     unsigned lanes = block->threads - w * kWarp;
     block->warp[w].ready = block->warp[w].live = lanes >= kWarp ? kAllLanes : (1u << lanes) - 1;
     block->warp[w].meetings = 0;
   }
-  for (unsigned i = 0; i < block->threads; ++i) Begin(block, i);
+  for (unsigned i = 0; i < block->threads; ++i) Prepare(block, i);
   std::memset(block->arena, kPoison, block->arena_bytes);
   current = Next(block, block->order == Order::kDescending ? block->warps - 1 : 0);
   Switch(&block->base, current->context);
@@ -298,6 +330,54 @@ uint32_t Synchronize(unsigned id, unsigned threads, int place, bool wait, Vote v
   Release(block, barrier);
   if (block->order == Order::kShuffled) Yield();
   return result;
+}
+
+void MeetGroup(const Operation& operation, void* operands) {
+  Fiber* me = current;
+  Block* block = me->block;
+  unsigned first = me->index / kGroup * kGroup;
+  Group* group = &block->group[first / kGroup];
+  if (first + kGroup > block->threads) Fail("%s needs a warpgroup of 128 threads, the last of this block has fewer", operation.name);
+  if (group->arrived > 0 && group->operation != &operation) {
+    Fail("threads of one warpgroup have diverged: some are at %s, this one is at %s", group->operation->name, operation.name);
+  }
+  group->operation = &operation;
+  group->operands[me->index - first] = operands;
+  if (++group->arrived < kGroup) return Wait(me, operation.name, 0);
+  operation.perform(group->operands, kAllLanes);
+  group->arrived = 0;
+  for (unsigned w = first / kWarp; w < (first + kGroup) / kWarp; ++w) {
+    if (block->warp[w].live != kAllLanes) Fail("%s needs all threads of the warpgroup, some have ended", operation.name);
+    block->warp[w].ready = kAllLanes;
+  }
+  block->spins = 0;
+  if (block->order == Order::kShuffled) Yield();
+}
+
+void WaitAt(uint32_t address, const char* what) {
+  Fiber* me = current;
+  me->block->waiting_at.emplace_back(address, me);
+  Wait(me, what, static_cast<int>(address));
+}
+
+void WakeAt(uint32_t address) {
+  Block* block = current->block;
+  auto& waiting = block->waiting_at;
+  size_t kept = 0;
+  for (const auto& [where, fiber] : waiting) {
+    if (where == address) {
+      fiber->warp->ready |= 1u << fiber->lane;
+    } else {
+      waiting[kept++] = {where, fiber};
+    }
+  }
+  waiting.resize(kept);
+  block->spins = 0;
+}
+
+void Begin(Event event) {
+  event.fiber = current;
+  current->block->events.push_back(event);
 }
 
 uint32_t ActiveMask() { return current->warp->live; }
