@@ -235,6 +235,23 @@ def test_a_process_that_cannot_live_is_given_up(monkeypatch: pytest.MonkeyPatch)
     ] * 2
 
 
+def test_tuning_is_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    asked: list[jobs.Job] = []
+
+    def ended(job: jobs.Job) -> jobs.Outcome:
+        asked.append(job)
+        if job.name == "help":
+            return real(job)  # this moegen's own
+        return outcome(job.name, None, "64 candidates\n", status=jobs.TIMED_OUT)
+
+    real = jobs.run
+    monkeypatch.setattr(jobs, "run", ended)
+    said = run.tune(run.Request(tmp_path, 9.0, tmp_path, layers=("olmoe",), tune_minutes=2.0), io.StringIO())
+    assert said == {"status": jobs.TIMED_OUT, "why": "the time was over"}
+    assert asked[1].command[2:] == ("moegen", "tune", "--target", "cuda", "--preset", "olmoe", "--arch", "sm_90a")
+    assert (asked[1].seconds, asked[1].environment) == (120.0, {"MOEGEN_LOGS": str(tmp_path / "tuning")})
+
+
 # ---------------------------------------------------------------- results
 
 

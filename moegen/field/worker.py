@@ -27,7 +27,7 @@ from .own_experts import OURS, Own
 from .surroundings import state
 
 SEED = 20251122
-_ROOM = 0.35  # of the device's memory, for what contenders keep between their products
+_ROOM = 0.55  # of the device's memory, for what contenders keep between their products
 
 
 class Bench:
