@@ -72,12 +72,21 @@ def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> 
             around = emulated_driver.environment(source, pathlib.Path(folder), arch=arch, also=own)
         except EmulationError as error:
             raise BuildError(f"the kernels cannot be emulated: {error}") from error
-        around["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
-        command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
-        done = subprocess.run(command, input=job, env=around, capture_output=True, text=True, check=False)
+        return report_from(artifact, around, seed, tokens) | {"executed": f"emulated {arch}"}
+
+
+def report_from(artifact: Artifact, around: Mapping[str, str], seed: int | None, tokens: Sequence[int]) -> dict[str, Any]:
+    """The report of `verification.verify` in a process with this environment.
+
+    Raises:
+        BuildError: the process breaks off.
+    """
+    known = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
+    command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
+    done = subprocess.run(command, input=job, env={**around, "PYTHONPATH": known}, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise BuildError(f"the emulated proof broke off: {said}")
     report: dict[str, Any] = json.loads(done.stdout)
-    return report | {"executed": f"emulated {arch}"}
+    return report

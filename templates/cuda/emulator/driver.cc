@@ -139,7 +139,11 @@ Result FindFunction(void** out, void* library, const char* name) {
 
 int OrderNamed(const std::string& name) { return name == "shuffled" ? 2 : name == "descending" ? 1 : 0; }
 
+// For tests: how often kernels were launched, and how often somebody waited for the device.
+long launches = 0, waits = 0;
+
 Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared, void** parameters, void** extra) {
+  ++launches;
   if (function == nullptr) return kInvalidHandle;
   if (extra != nullptr) return Refuse(kNotSupported, "launches with a buffer of arguments are not emulated");
   if (parameters == nullptr && function->parameters > 0) return Refuse(kInvalidValue, "kernel " + function->name + " got no arguments");
@@ -331,7 +335,10 @@ DRIVER cuCtxPopCurrent_v2(void** out) {
   return kSuccess;
 }
 DRIVER cuCtxGetDevice(int* device) { return Give(device, 0); }
-DRIVER cuCtxSynchronize() { return kSuccess; }
+DRIVER cuCtxSynchronize() {
+  ++waits;
+  return kSuccess;
+}
 
 DRIVER cuGetErrorName(int error, const char** out) {
   switch (error) {
@@ -472,7 +479,10 @@ DRIVER cuStreamDestroy_v2(void* stream) {
   delete static_cast<int*>(stream);
   return kSuccess;
  }
-DRIVER cuStreamSynchronize(void*) { return kSuccess; }
+DRIVER cuStreamSynchronize(void*) {
+  ++waits;
+  return kSuccess;
+}
 DRIVER cuStreamQuery(void*) { return kSuccess; }
 DRIVER cuStreamWaitEvent(void*, void*, unsigned) { return kSuccess; }
 DRIVER cuStreamIsCapturing(void*, int* status) { return Give(status, 0); }
@@ -505,3 +515,8 @@ DRIVER cuGetProcAddress_v2(const char* symbol, void** out, int, uint64_t, int* s
 DRIVER cuGetProcAddress(const char* symbol, void** out, int version, uint64_t flags) {
   return cuGetProcAddress_v2(symbol, out, version, flags, nullptr);
 }
+
+// ---------------------------------------------------------------- of the emulator alone
+
+extern "C" __attribute__((visibility("default"))) long moegen_emulated_launches() { return launches; }
+extern "C" __attribute__((visibility("default"))) long moegen_emulated_waits() { return waits; }
