@@ -36,7 +36,7 @@ RELATIVE_L2 = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 5e-3}
 ELEMENTWISE = {"float32": 3e-5, "bfloat16": 6e-2, "float16": 2e-3}
 # Rows of bytes: a hidden value next to a tie may get the neighbouring code, which is off by 1/127 of the row's largest.
 BYTE_ROWS_RELATIVE_L2, BYTE_ROWS_ELEMENTWISE = 2e-3, 3e-2
-# Both factors rounded to the bits of float16, which weights and tokens of float32 do not have; several times as much in one element.
+# Both factors are rounded to as many bits as float16 has; one element may be off by several times as much.
 TF32_RELATIVE_L2, TF32_ELEMENTWISE = 5e-3, 2e-2
 ROUTING_TOLERANCE = 2e-5
 DISTINCT_WEIGHTS = 24_000_000
