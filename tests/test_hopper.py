@@ -326,6 +326,7 @@ def test_a_layer_is_right(arch: str, layer: moegen.Artifact, folder: pathlib.Pat
     assert report["status"] == "passed", report["failures"]
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_of_hoppers_own_shows(layer: moegen.Artifact, folder: pathlib.Path) -> None:
     """So the layer's sums do come from there."""
     kernels, own = making.sources(layer.path)
