@@ -6,6 +6,7 @@ A line of JSON comes in for each cell: {"cell", "artifacts": paths, "without": {
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -43,7 +44,7 @@ class Bench:
         torch.cuda.set_device(device)
         self.report("", "measuring the ceilings")
         self.ceilings = Ceilings(self.name)
-        self.layers: dict[str, tuple[Weights, list[measure.Contender], dict[str, str]]] = {}
+        self.layers: dict[str, _Layer] = {}
 
     def report(self, contender: str, what: str) -> None:
         """Before each step."""
@@ -51,21 +52,19 @@ class Bench:
 
     def cell(self, cell: Cell, artifacts: list[Artifact], without: Mapping[str, str]) -> dict[str, Any]:
         """Measures a cell, with the ceilings and clocks around it."""
-        weights, contenders, absent = self._layer(cell.layer, artifacts, without)
-        taken = [one for one in contenders if one.name not in without]
+        layer = self.layers.get(cell.layer) or self._drawn(cell.layer, artifacts)
+        taken = self._contenders(layer, without)
         before = state(self.device)
         ceilings = [self.ceilings.sample()]
         seed = SEED + zlib.crc32(str(cell).encode()) % 100_000
-        result = measure.measure(cell, weights, taken, {**absent, **without}, self.name, seed, self.report)
+        absent = {**layer.absent, **without}
+        result = measure.measure(cell, layer.weights, taken, absent, self.name, seed, self.report)
         ceilings.append(self.ceilings.sample())
         torch.cuda.empty_cache()
         return result | {"ceilings": ceilings, "clocks": [before, state(self.device)]}
 
-    def _layer(
-        self, name: str, artifacts: list[Artifact], without: Mapping[str, str]
-    ) -> tuple[Weights, list[measure.Contender], dict[str, str]]:
-        if name in self.layers:
-            return self.layers[name]
+    def _drawn(self, name: str, artifacts: list[Artifact]) -> _Layer:
+        """A layer with weights; others make room for it where they have to."""
         self.report("", f"drawing the weights of {name}")
         manifest = artifacts[0].manifest
         free, total = torch.cuda.mem_get_info(self.device)
@@ -73,18 +72,30 @@ class Bench:
             self.layers.clear()
             torch.cuda.empty_cache()
         weights = draw_weights(artifacts[0].config, manifest, self.name, SEED)
-        contenders: list[measure.Contender] = []
-        absent: dict[str, str] = {}
-        for contender, make in _makers(weights, artifacts, self.device):
-            if contender in without:
-                continue
-            self.report(contender, "loading")
-            try:
-                contenders.append(make())
-            except Exception as error:  # of whatever kind: it is named as absent, with the reason
-                absent[contender] = f"{type(error).__name__}: {error}"
-        self.layers[name] = weights, contenders, absent
+        self.layers[name] = _Layer(weights, dict(_makers(weights, artifacts, self.device)))
         return self.layers[name]
+
+    def _contenders(self, layer: _Layer, without: Mapping[str, str]) -> list[measure.Contender]:
+        """Those that take part, loaded when they first do."""
+        for name, make in layer.makers.items():
+            if name in without or name in layer.loaded or name in layer.absent:
+                continue
+            self.report(name, "loading")
+            try:
+                layer.loaded[name] = make()
+            except Exception as error:  # of whatever kind: it is named as absent, with the reason
+                layer.absent[name] = f"{type(error).__name__}: {error}"
+        return [layer.loaded[name] for name in layer.makers if name in layer.loaded and name not in without]
+
+
+@dataclasses.dataclass
+class _Layer:
+    """Weights, what makes each contender, those that were made, and the reasons why others could not be."""
+
+    weights: Weights
+    makers: dict[str, Callable[[], measure.Contender]]
+    loaded: dict[str, measure.Contender] = dataclasses.field(default_factory=dict)
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _makers(weights: Weights, artifacts: list[Artifact], device: int) -> Iterator[tuple[str, Callable[[], Any]]]:
