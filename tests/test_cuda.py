@@ -332,6 +332,16 @@ def test_cuda_options_are_not_for_cpus(tmp_path: pathlib.Path, built: moegen.Art
     assert "arch='sm_90' must be one of" in done.output
 
 
+def test_a_device_with_less_shared_memory_is_told_so(built: moegen.Artifact, tmp_path: pathlib.Path) -> None:
+    """Machine code for sm_80 runs on sm_86, which has 99 KiB of shared memory for a block."""
+    source = (built.path / making.KERNELS).read_text(encoding="utf-8")
+    around = emulated_driver.environment(source, tmp_path, arch="sm_86")
+    script = "import sys, moegen\ntry: moegen.load(sys.argv[1])\nexcept moegen.ArtifactError as error: print(error)"
+    around["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, "-c", script, built.path], env=around, capture_output=True, text=True, check=True)
+    assert re.search(r"takes \d+ bytes of shared memory; sm_86 has 101376: build it with --arch sm_86", done.stdout), done.stdout
+
+
 def test_without_a_device_loading_says_so(built: moegen.Artifact) -> None:
     if proof.devices():
         pytest.skip("there is a CUDA device")
