@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Literal
 
+from .architectures import parse
 from .native import driver, library
 
 
@@ -30,6 +31,7 @@ def environment(
     Raises:
         EmulationError: the source uses what is not emulated, or does not compile.
         BuildError: there is no C++ compiler.
+        TargetError: the architecture is not known.
     """
     place = pathlib.Path(folder)
     paths = [str(driver(place).resolve()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
@@ -38,6 +40,7 @@ def environment(
         "LD_LIBRARY_PATH": os.pathsep.join(paths),
         "MOEGEN_EMULATED_KERNELS": str(library(source, place, arch).resolve()),
         "MOEGEN_EMULATED_ARCH": arch,
+        "MOEGEN_EMULATED_SHARED_BYTES": str(parse([arch])[0].max_shared_bytes_per_block),
         "MOEGEN_EMULATED_THREADS": str(threads),
         "MOEGEN_EMULATED_ORDER": order,
         "MOEGEN_EMULATED_SEED": str(seed),
