@@ -101,7 +101,7 @@ def plan_for(
     """
     _check_arguments(target, mcpu, tf32)
     if target == "cuda":
-        return planning.plan(config, arch, tf32=tf32)
+        return planning.plan(config, arch, tf32=tf32, tuned=tuning)
     return plan(config, target, mcpu, arch=arch, tuned=tuning)
 
 

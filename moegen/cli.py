@@ -198,7 +198,7 @@ def build(
     for combination in illegal:
         click.echo(f"skipped {skipped_line(combination)}", err=True)
     if not no_tuning:
-        _settle(legal, target, mcpu, arch)
+        _settle(legal, target, mcpu, arch, tf32)
     before = _present(out)
     settings: dict[str, Any] = {"mcpu": mcpu, "arch": arch, "verify": not no_verify, "force": force, "jobs": jobs}
     settings |= {"tuning": not no_tuning, "tf32": tf32}
@@ -218,15 +218,12 @@ def build(
         click.get_current_context().exit(1)
 
 
-def _settle(layers: Sequence[MoEConfig], target: str, mcpu: str | None, arch: str | None) -> None:
-    """Measures tuning records that come from elsewhere, once and before anything else runs; of CUDA's, there may be no device."""
-    if target == "cuda":
-        return
-    from . import compiler
-    from .tune import verdicts
+def _settle(layers: Sequence[MoEConfig], target: str, mcpu: str | None, arch: str | None, tf32: bool) -> None:
+    """Measures tuning records that come from elsewhere, once and before anything else runs, where this machine can measure."""
+    from .tune import kinds, verdicts
 
     for layer in layers:
-        for sentence in verdicts.settle(layer, compiler.resolve_target(target, mcpu, arch)):
+        for sentence in verdicts.settle(layer, kinds.resolve(target, mcpu, arch, tf32=tf32)):
             click.echo(one_line(sentence), err=True)
 
 

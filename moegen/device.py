@@ -29,7 +29,7 @@ from .weights import WeightSource, resolve
 Array = npt.NDArray[Any]
 CUDA = 2  # DLPack's kDLCUDA
 _FUNCTIONS = (
-    "forward", "route", "experts", "workspace_bytes", "pack", "empty", "view", "copy", "clear", "prepare", "device_count",
+    "forward", "route", "experts", "workspace_bytes", "pack", "empty", "view", "copy", "clear", "prepare", "device_count", "time",
 )  # fmt: skip
 _NUMPY_OF = {"int32": np.int32, "float32": np.float32, "float64": np.float64}
 
@@ -79,9 +79,9 @@ class DeviceModule:
         source = resolve(self.config, weights, prefix, layout, gate_up, checkpoint_format)
         return self.layer(self.packer().all(source))
 
-    def packer(self, threads: int = 1) -> DevicePacker:
-        """What packs weights for this module."""
-        return DevicePacker(self)
+    def packer(self, threads: int = 1, blob: Any = None) -> DevicePacker:
+        """What packs weights for this module, into a new buffer or into `blob`."""
+        return DevicePacker(self, blob)
 
     def layer(self, packed: Any) -> DeviceLayer:
         """The layer with weights that a packer packed."""
@@ -119,13 +119,15 @@ class DevicePacker(Packer):
 
     Args:
         module: the module that the weights are for.
+        blob: an existing buffer to write to; None makes one, all zeros.
     """
 
-    def __init__(self, module: DeviceModule) -> None:
+    def __init__(self, module: DeviceModule, blob: Any = None) -> None:
         manifest = module.artifact.manifest
-        blob = module.empty((int(manifest["packed_bytes"]),), "uint8")
-        super().__init__(manifest, module.functions["pack"], 0, blob)
-        module.functions["clear"](blob, module.device)
+        made = module.empty((int(manifest["packed_bytes"]),), "uint8") if blob is None else blob
+        super().__init__(manifest, module.functions["pack"], 0, made)
+        if blob is None:
+            module.functions["clear"](made, module.device)
 
     def all(self, source: WeightSource) -> Any:
         """Every weight of the layer; returns the buffer."""

@@ -28,6 +28,7 @@ from .errors import RecordError
 from .paths import package_folder
 
 SCHEMA_VERSION = 1
+EMULATED = "emulated"  # begins the name of a device that is none: its times are another machine's
 KINDS = ("trial", "null", "decision", "verdict")
 STATUSES = ("correct", "rejected", "compile", "runtime", "timeout", "wrong")
 # What decides the kernels' work. How tokens are routed does not: gating, biases of the router, losses.
@@ -58,8 +59,9 @@ class Provenance:
 
     Args:
         sources: SHA-256 of schedules and templates.
-        compiler: versions of TVM and LLVM.
-        processor: the processor's name, family and model.
+        compiler: versions of TVM and of LLVM or NVIDIA's compiler.
+        processor: the processor's name, family and model, or the CUDA device's name; empty where a build is for devices that this
+            machine has not, when times of all will do that are of real ones.
     """
 
     sources: str
@@ -69,7 +71,9 @@ class Provenance:
     def differs_in(self, other: Mapping[str, Any]) -> list[str]:
         """What of another line's provenance is not as it is here, in words."""
         words = {"processor": "another processor", "compiler": "another compiler", "sources": "other schedules"}
-        return [text for name, text in words.items() if other.get(name) != getattr(self, name)]
+        any_will_do = not self.processor and not str(other.get("processor")).startswith(EMULATED)
+        asked = [name for name in words if name != "processor" or not any_will_do]
+        return [words[name] for name in asked if other.get(name) != getattr(self, name)]
 
 
 class Choices(NamedTuple):

@@ -52,7 +52,7 @@ class Target:
     @property
     def slug(self) -> str:
         """Short name for folders and file names."""
-        return f"{self.kind}-{self.mcpu}"
+        return f"{self.kind}-{self.mcpu}{'-tf32' if self.tf32 else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

@@ -204,7 +204,7 @@ def test_the_most_experts_and_choices() -> None:
 
 def test_undefined_names_are_errors() -> None:
     """A placeholder that nobody fills is noticed when the text is rendered."""
-    environment = emission._environment()
+    environment = emission.environment()
     assert environment.undefined is jinja2.StrictUndefined
     with pytest.raises(jinja2.UndefinedError):
         environment.from_string("{{ nobody }}").render()

@@ -373,3 +373,14 @@ def test_bound_from_a_file(paths, tmp_path, rng, case):
     want = module.bind(block.state_dict())(x)
     assert torch.equal(module.bind(file, prefix="model.layers.1.mlp.")(x), want)
     assert not torch.equal(module.bind(file, prefix="model.layers.0.mlp")(x), want)
+
+
+@pytest.mark.parametrize("way", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("fields", [{}, {"activation": "swiglu_clamped", "expert_bias": True}])
+def test_expert_modules_as_contenders_on_a_device(way, fields):
+    """What `moegen.field` measures beside moegen computes the same, here on the processor."""
+    from contending import error_of
+
+    from moegen.field.hf_experts import Transformers
+
+    assert error_of(lambda weights: Transformers(weights, way), fields, 9, "zipf") < 2e-6

@@ -551,7 +551,7 @@ def test_list_export_import(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
         (["--experts", "2", "--top-k", "3", "--hidden", "16"], "top_k=3 must be between"),
         (["--regime", "all"], "'all' is not one of few, some, many"),
         (["--preset", "olmoe", "--rpc", "host:1"], "go together"),
-        (["--preset", "olmoe", "--target", "cuda"], "not available"),
+        (["--preset", "olmoe", "--target", "cuda"], "there is no CUDA device here"),
         (["--import", "no-such-file"], "there is no file"),
         ([], "Missing --experts"),
     ],

@@ -58,6 +58,11 @@ class Architecture:
         return self.name.endswith("a")
 
     @property
+    def plain(self) -> Architecture:
+        """The same without what only this architecture has, so that later devices run its PTX (`sm_90` of `sm_90a`)."""
+        return KNOWN[self.name.removesuffix("a")]
+
+    @property
     def virtual(self) -> str:
         """The name of its PTX, `compute_80`."""
         return self.name.replace("sm_", "compute_")

@@ -14,12 +14,22 @@ from ..cuda_geometry import CudaGeometry
 from ..geometry import ITEM_BYTES, Segment
 from ..target import Target
 from ..version import __version__
-from .kernels import Program
+from .kernels import HopperKernel, Program
 
 DISPATCH = "dispatch_kernel"
 ROUTER_ROWS = 64
 ROUTER_FEW_TOKENS = 16
 INT32_MAX = 2**31 - 1
+
+# (side, argument of a kernel of Hopper's own) -> the same among what stages take.
+_HOPPER_VALUES = {
+    (side, argument): value
+    for side, output in (("up", "output"), ("down", "y"))
+    for argument, value in {
+        "x": "x", "rows": "x", "weights": "w", "bias": "bias", "output": output,
+        "row_token": "token", "row_slot": "slot", "row_weight": "weight", "block_expert": "expert", "blocks": "used",
+    }.items()
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +42,15 @@ class Image:
         oldest: the oldest that PTX is for; None for machine code.
         specific: runs on that one alone.
         tegra: as in `Architecture`.
+        hopper: has the kernels that Hopper has of its own, and no others.
     """
 
     name: str
-    capability: tuple[int, int] | None
-    oldest: tuple[int, int] | None
-    specific: bool
-    tegra: bool
+    capability: tuple[int, int] | None = None
+    oldest: tuple[int, int] | None = None
+    specific: bool = False
+    tegra: bool = False
+    hopper: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +104,20 @@ def host_source(
     images: Sequence[Image],
     regimes: Sequence[RowBlocks],
     few_tokens: int,
+    hopper: Sequence[HopperKernel] = (),
 ) -> str:
-    """The C++ host that launches the compiled stages in order and exports the layer's entry points."""
+    """The C++ host that launches the compiled stages in order and exports the layer's entry points.
+
+    Args:
+        program: the stages.
+        images: as they are embedded, those before others that a device which runs both should take first.
+        regimes, few_tokens: of `CudaPlan`.
+        hopper: kernels that take a stage's place on Hopper.
+    """
     config, stages = geometry.config, program.stages
     kernels = [kernel for stage in stages.values() for kernel in stage.kernels]
     pointers = {p.name.replace(".", "_") for kernel in kernels for p in kernel.parameters if p.pointer}
+    pointers |= {_HOPPER_VALUES[kernel.side, name] for kernel in hopper for name in kernel.arguments if name != "grid"}
     rows = sorted({int(name.rpartition("_")[2]) for name in stages if name.startswith("up_") and name != "up_few"})
     return (
         emission.environment()
@@ -113,8 +134,10 @@ def host_source(
             item_bytes=geometry.item_bytes,
             dlpack={"float32": "kDLFloat", "float16": "kDLFloat", "bfloat16": "kDLBfloat"}[config.dtype],
             stages=stages,
-            symbols=[*(kernel.symbol for kernel in kernels), DISPATCH],
-            shared_bytes=[*(kernel.shared_bytes for kernel in kernels), 0],
+            symbols=[*(kernel.symbol for kernel in kernels), DISPATCH, *(kernel.symbol for kernel in hopper)],
+            shared_bytes=[*(kernel.shared_bytes for kernel in kernels), 0, *(kernel.shared_bytes for kernel in hopper)],
+            hopper={kernel.stage: kernel for kernel in hopper},
+            hopper_values=_HOPPER_VALUES,
             pointers=sorted(pointers),
             tiled=[f"{prefix}{product}" for prefix, _, _ in geometry.ffns for product in ("up", "down")],
             tiles=rows,
@@ -125,7 +148,8 @@ def host_source(
             max_tokens=INT32_MAX // config.top_k,
             offsets={segment.name: segment.offset_bytes for segment in geometry.segments},
             segments=[_segment(geometry, segment) for segment in geometry.segments],
-            images=images,
+            images=[image for image in images if not image.hopper],
+            hopper_image=next((image for image in images if image.hopper), None),
         )
     )
 

@@ -75,7 +75,7 @@ class Emulated:
         arch: what `__CUDA_ARCH__` says, for example `sm_80` or `sm_90a`.
 
     Attributes:
-        path: the library; `$MOEGEN_EMULATED_KERNELS` of the emulated driver.
+        path: the library; in `$MOEGEN_EMULATED_KERNELS` of the emulated driver.
         kernels: by name.
 
     Raises:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..schedules.cuda.hopper import TensorMap
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -65,6 +67,51 @@ class Stage:
     name: str
     kernels: tuple[Kernel, ...]
     intermediates: tuple[Intermediate, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperKernel:
+    """One grouped product that Hopper computes in place of a stage's own kernel.
+
+    The grid is one-dimensional: one block for each multiprocessor, and `grid` (int32) says how many there are. More would wait
+    for their turn, fewer are right as well.
+
+    Args:
+        stage: whose place it takes, `up_128`.
+        symbol: its name in the machine code.
+        arguments: names in the order of its parameters. Tensor maps are passed by value; the other names are device pointers,
+            but for `grid`. An argument of the layer that the kernel does not use has no parameter.
+        tensor_maps: how those are encoded.
+        threads: of a block.
+        shared_bytes: of dynamic shared memory.
+        script: the module in TVM script that it was compiled from.
+    """
+
+    stage: str
+    symbol: str
+    arguments: tuple[str, ...]
+    tensor_maps: tuple[TensorMap, ...]
+    threads: int
+    shared_bytes: int
+    script: str
+
+    @property
+    def side(self) -> str:
+        """`up` or `down`."""
+        return self.stage.partition("_")[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return int(self.stage.rpartition("_")[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperProgram:
+    """CUDA C++ source for `sm_90a`, which allows approximate division and flushed denormals, and the kernels in it."""
+
+    source: str
+    kernels: tuple[HopperKernel, ...]
 
 
 @dataclasses.dataclass(frozen=True)

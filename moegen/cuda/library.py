@@ -15,14 +15,15 @@ import tvm_ffi.libinfo
 from ..cuda_geometry import CudaGeometry
 from ..errors import BuildError
 from ..paths import package_folder
+from ..schedules.cuda.hopper import ARCHITECTURE, SUFFIX
 from ..target import Target
 from ..toolchain import cxx_for, first_error
-from . import compiler, embedding, emission, nvidia
-from .architectures import Architecture, parse
+from . import compiler, embedding, emission, hopper, nvidia
+from .architectures import KNOWN, Architecture, parse
 from .emission import Image, RowBlocks
-from .kernels import Program
+from .kernels import HopperProgram, Program
 
-PTX = "ptx"
+PTX, HOPPER = "ptx", "hopper"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Library:
     Args:
         program: the kernels' source and their launches.
         compiled: their machine code.
+        hopper: the kernels that Hopper has of its own, and their machine code; None without any.
     """
 
     program: Program
     compiled: nvidia.Compiled
+    hopper: tuple[HopperProgram, nvidia.Cubin] | None
 
 
 def make(
@@ -64,24 +67,36 @@ def make(
     architectures = parse(target.gpus)
     program = compiler.lower(stages, geometry, knobs, architectures, target.tf32)
     program = dataclasses.replace(program, source=program.source + emission.dispatch_source(geometry.config))
-    oldest = min(architectures, key=lambda one: (one.capability, one.specific))
+    own = hopper.lower(geometry, {name.removesuffix(SUFFIX): k for name, k in knobs.items() if name.endswith(SUFFIX)})
+    oldest = min(architectures, key=lambda one: one.capability).plain
     images = [_image(one) for one in architectures]
-    images.append(Image(PTX, None, oldest.capability, oldest.specific, False))
-    host = emission.host_source(geometry, target, program, images, regimes, few_tokens)
+    images += [Image(HOPPER, KNOWN[ARCHITECTURE].capability, hopper=True)] if own.kernels else []
+    images.append(Image(PTX, oldest=oldest.capability))
+    host = emission.host_source(geometry, target, program, images, regimes, few_tokens, own.kernels)
     (work / "host.cc").write_text(host, encoding="utf-8")
     shutil.copy(package_folder("templates") / "cuda" / "driver.h", work)
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    with concurrent.futures.ThreadPoolExecutor(2) as beside:
         building = beside.submit(_compile_host, work, target.arch, toolchain.include_folders)
+        special = beside.submit(_compile_hopper, own, work, toolchain)
         compiled = nvidia.compile_kernels(program.source, architectures, work, ptx_for=oldest, toolchain=toolchain)
-        codes = {image.name: cubin.code for image, cubin in zip(images[:-1], compiled.cubins, strict=True)}
-        embedding.embed(codes | {PTX: compiled.ptx.encode()}, work, target.arch)
+        codes = {one.architecture.name: one.code for one in compiled.cubins} | {PTX: compiled.ptx.encode()}
+        made = special.result()
+        embedding.embed(codes | ({HOPPER: made.code} if made else {}), work, target.arch)
         building.result()
     _link(work, out, target.arch)
-    return Library(program, compiled)
+    return Library(program, compiled, (own, made) if made else None)
+
+
+def _compile_hopper(own: HopperProgram, work: pathlib.Path, toolchain: nvidia.Toolchain) -> nvidia.Cubin | None:
+    """In an image of its own: what TVM puts in front of these kernels and of the others does not go together."""
+    if not own.kernels:
+        return None
+    only = [KNOWN[ARCHITECTURE]]
+    return nvidia.compile_kernels(own.source, only, work, fast_math=True, toolchain=toolchain, stem=HOPPER).cubins[0]
 
 
 def _image(one: Architecture) -> Image:
-    return Image(one.name, one.capability, None, one.specific, one.tegra)
+    return Image(one.name, one.capability, specific=one.specific, tegra=one.tegra)
 
 
 def _compile_host(work: pathlib.Path, arch: str, folders: Sequence[pathlib.Path]) -> None:

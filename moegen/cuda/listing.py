@@ -10,8 +10,8 @@ from .sass import disassemble
 
 
 def source(made: Artifact) -> str:
-    """CUDA C++ of all kernels."""
-    return (made.path / making.KERNELS).read_text(encoding="utf-8")
+    """CUDA C++ of all kernels, those that Hopper has of its own last: each of the two parts is compiled by itself."""
+    return "\n".join(making.sources(made.path))
 
 
 def ptx(made: Artifact) -> str:
@@ -25,10 +25,14 @@ def sass(made: Artifact, begins: str = "") -> dict[str, dict[str, str]]:
     Raises:
         BuildError: there is no disassembler.
     """
-    codes = {name: (made.path / making.cubin_of(name)).read_bytes() for name in made.target.gpus}
     return {
-        name: {kernel: text for kernel, text in disassemble(code).items() if kernel.startswith(begins)}
-        for name, code in codes.items()
+        name: {
+            kernel: text
+            for code in making.cubins(made.path, name)
+            for kernel, text in disassemble(code).items()
+            if kernel.startswith(begins)
+        }
+        for name in made.target.gpus
     }
 
 

@@ -9,15 +9,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import emission, library
+from .kernels import HopperKernel, Kernel
+from .nvidia import Cubin
 from .planning import CudaPlan, versions
 
 KERNELS = "kernels.cu"
 PTX = "kernels.ptx"
+HOPPER = "hopper.cu"  # of the kernels that Hopper has of its own, where there are any
 
 
-def cubin_of(architecture: str) -> str:
-    """Name of the file with the machine code for an architecture."""
-    return f"kernels.{architecture}.cubin"
+def hopper_script(symbol: str) -> str:
+    """Name of the file with the TVM script that one of these was compiled from."""
+    return f"{symbol}.py"
+
+
+def cubin_of(architecture: str, source: str = KERNELS) -> str:
+    """Name of the file with the machine code of a source for an architecture."""
+    return f"{source.removesuffix('.cu')}.{architecture}.cubin"
+
+
+def sources(folder: pathlib.Path) -> list[str]:
+    """The CUDA C++ of an artifact, in one or two files that are compiled each by itself: Hopper's own kernels come second."""
+    return [path.read_text(encoding="utf-8") for name in (KERNELS, HOPPER) if (path := folder / name).is_file()]
+
+
+def cubins(folder: pathlib.Path, architecture: str) -> list[bytes]:
+    """The machine code of these for an architecture."""
+    names = (cubin_of(architecture), cubin_of(architecture, HOPPER))
+    return [path.read_bytes() for name in names if (path := folder / name).is_file()]
 
 
 def fill(folder: pathlib.Path, todo: CudaPlan, stages: Mapping[str, Any], work: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
@@ -36,9 +55,16 @@ def fill(folder: pathlib.Path, todo: CudaPlan, stages: Mapping[str, Any], work: 
     """
     made = library.make(stages, todo.geometry, todo.target, todo.knobs, todo.regimes, todo.few_tokens, work, out)
     kept = [KERNELS, PTX, *(cubin_of(one.architecture.name) for one in made.compiled.cubins)]
+    launches: dict[str, Kernel | HopperKernel] = {k.symbol: k for stage in made.program.stages.values() for k in stage.kernels}
+    resources = {one.architecture.name: _resources(one, launches) for one in made.compiled.cubins}
+    if made.hopper:
+        program, cubin = made.hopper
+        kept += [HOPPER, cubin_of(cubin.architecture.name, HOPPER)]
+        resources[cubin.architecture.name] |= _resources(cubin, {kernel.symbol: kernel for kernel in program.kernels})
+        for kernel in program.kernels:
+            (folder / hopper_script(kernel.symbol)).write_text(kernel.script, encoding="utf-8")
     for name in kept:
         (work / name).rename(folder / name)
-    launches = {kernel.symbol: kernel for stage in made.program.stages.values() for kernel in stage.kernels}
     return {
         "tiling": {"rows": sorted({regime.rows for regime in todo.regimes})},
         "regimes": [dataclasses.asdict(regime) for regime in todo.regimes],
@@ -49,18 +75,20 @@ def fill(folder: pathlib.Path, todo: CudaPlan, stages: Mapping[str, Any], work: 
         "stages": list(made.program.stages),
         "versions": versions() | {"compiler": made.compiled.compiler},
         "source_sha256": hashlib.sha256(todo.te_source.encode()).hexdigest(),
-        "resources": {
-            cubin.architecture.name: {
-                kernel: dataclasses.asdict(used)
-                | {
-                    "spilled_bytes": cubin.spilled_bytes[kernel],
-                    "threads": launches[kernel].threads if kernel in launches else used.max_threads,
-                    "dynamic_shared_bytes": launches[kernel].shared_bytes if kernel in launches else 0,
-                }
-                for kernel, used in cubin.resources.items()
-            }
-            for cubin in made.compiled.cubins
-        },
+        "resources": resources,
+    }
+
+
+def _resources(cubin: Cubin, launches: Mapping[str, Kernel | HopperKernel]) -> dict[str, Any]:
+    """What each kernel of a cubin uses; one that is in no stage has no dynamic shared memory."""
+    return {
+        kernel: dataclasses.asdict(used)
+        | {
+            "spilled_bytes": cubin.spilled_bytes[kernel],
+            "threads": launches[kernel].threads if kernel in launches else used.max_threads,
+            "dynamic_shared_bytes": launches[kernel].shared_bytes if kernel in launches else 0,
+        }
+        for kernel, used in cubin.resources.items()
     }
 
 
@@ -84,4 +112,5 @@ def _functions(todo: CudaPlan) -> dict[str, list[str]]:
         "moe_clear": ["tensor", "device int"],
         "moe_prepare": ["device int"],
         "moe_device_count": [],
+        "moe_time": [f"[{x}, ...]", out, f"[{blob}, ...]", workspace, "first int", "calls int"],
     }

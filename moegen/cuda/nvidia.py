@@ -161,6 +161,7 @@ def compile_kernels(
     ptx_for: Architecture | None = None,
     fast_math: bool = False,
     toolchain: Toolchain | None = None,
+    stem: str = "kernels",
 ) -> Compiled:
     """Compiles CUDA C++ for several architectures, as many at once as there are processors.
 
@@ -170,21 +171,22 @@ def compile_kernels(
         ptx_for: also makes PTX, for the devices of this architecture and of later ones.
         fast_math: allows approximate division, roots and transcendental functions, and flushes denormal numbers.
         toolchain: the compiler, where it is not the one that `find` finds.
+        stem: what the names of files begin with.
 
     Raises:
         BuildError: there is no compiler, or it refuses the source.
     """
     compiler = toolchain or find()
-    (folder / "kernels.cu").write_text(source, encoding="utf-8")
-    outputs = {one.name: f"kernels.{one.name}.cubin" for one in architectures}
+    (folder / f"{stem}.cu").write_text(source, encoding="utf-8")
+    outputs = {one.name: f"{stem}.{one.name}.cubin" for one in architectures}
     if ptx_for:
-        outputs[ptx_for.virtual] = "kernels.ptx"
-    commands = {arch: compiler.compilation("kernels.cu", output, arch, fast_math) for arch, output in outputs.items()}
+        outputs[ptx_for.virtual] = f"{stem}.ptx"
+    commands = {arch: compiler.compilation(f"{stem}.cu", output, arch, fast_math) for arch, output in outputs.items()}
     with concurrent.futures.ThreadPoolExecutor(usable_processors()) as pool:
         logs = dict(zip(commands, pool.map(lambda arch: _run(compiler, arch, commands[arch], folder), commands), strict=True))
     codes = {one.name: (folder / outputs[one.name]).read_bytes() for one in architectures}
     made = tuple(Cubin(one, codes[one.name], cubins.resources(codes[one.name]), logs[one.name]) for one in architectures)
-    return Compiled(made, (folder / "kernels.ptx").read_text("utf-8") if ptx_for else "", ptx_for, str(compiler))
+    return Compiled(made, (folder / f"{stem}.ptx").read_text("utf-8") if ptx_for else "", ptx_for, str(compiler))
 
 
 def _run(compiler: Toolchain, arch: str, command: list[str], folder: pathlib.Path) -> str:

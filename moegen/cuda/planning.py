@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -12,14 +14,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import sources
+from .. import records, sources
+from ..choices import REGIMES
 from ..config import MoEConfig, config_key
 from ..cuda_geometry import CudaGeometry
-from ..errors import BuildError, TargetError
-from ..schedules.cuda import few, tiling
+from ..errors import BuildError, ScheduleError, TargetError
+from ..schedules.cuda import few, hopper, tiling
 from ..target import ARCHS, Target, host_arch
 from ..version import __version__
-from . import emission
+from . import choices, emission, hardware, nvidia
 from .architectures import parse
 from .emission import RowBlocks
 
@@ -36,7 +39,8 @@ class CudaPlan:
         geometry: the layer and how its weights are packed.
         target: what it is compiled for.
         te_source: the tensor-expression module.
-        knobs: stage -> `tiling.Tile` of a tiled product, `few.Knobs` of one for few tokens.
+        knobs: stage -> `tiling.Tile` of a tiled product, `few.Knobs` of one for few tokens, and where Hopper has a kernel of its
+            own, stage and `_hopper` -> `hopper.Knobs`.
         regimes: how many rows a row block has.
         few_tokens: tokens up to which every choice reads its expert's weights itself.
         edited: the module was edited by hand.
@@ -67,7 +71,7 @@ class CudaPlan:
             "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
             "few_tokens": self.few_tokens,
             "te_source": self.te_source,
-            "own_sources": sources.digest(SOURCES),
+            "own_sources": own_sources(),
             "versions": versions(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -77,33 +81,64 @@ class CudaPlan:
         """Name of the artifact's folder."""
         c = self.config
         sizes = f"e{c.experts}-k{c.top_k}-h{c.hidden}-i{c.intermediate}"
-        arithmetic = f"{c.dtype}-tf32" if self.target.tf32 else c.dtype
-        return f"moe-{sizes}-{arithmetic}-{c.gating}-{c.activation}-{self.target.slug}-{self.key[:10]}".replace("_", "-")
+        return f"moe-{sizes}-{c.dtype}-{c.gating}-{c.activation}-{self.target.slug}-{self.key[:10]}".replace("_", "-")
 
 
-def plan(config: MoEConfig, gpus: str | Sequence[str] | None = None, *, tf32: bool = False, arch: str | None = None) -> CudaPlan:
+def plan(
+    config: MoEConfig,
+    gpus: str | Sequence[str] | None = None,
+    *,
+    tf32: bool = False,
+    arch: str | None = None,
+    tuned: bool = True,
+    logs: str | os.PathLike[str] | None = None,
+) -> CudaPlan:
     """What building `config` for CUDA would do.
 
     Args:
         gpus: architectures such as `sm_90`, several as a list or parted by commas; None for `sm_90`.
         tf32: multiply float32 on tensor cores, rounded to 10 bits of mantissa.
         arch: architecture of the machine around the device; None for this one.
+        tuned: take the choices of tuning records for these architectures that hold: where there is a device, those of such
+            devices, and where there is none, as on most machines that build, those of all.
+        logs: the user's records, as in `records.user_folder`.
 
     Raises:
         TargetError: an architecture is unknown, or the layer is one that CUDA cannot do yet.
+        RecordError: records cannot be read.
     """
     target = resolve_target(gpus, tf32=tf32, arch=arch)
+    made = default_plan(config, target)
+    return _tuned(made, logs) if tuned else made
+
+
+def default_plan(config: MoEConfig, target: Target) -> CudaPlan:
+    """What building `config` would do when nothing was tuned.
+
+    Raises:
+        TargetError: the layer is one that CUDA cannot do yet.
+    """
     _check(config, target)
     geometry = CudaGeometry(config)
     text = emission.te_source(geometry, target, tiling.ROWS)
-    knobs = default_knobs(geometry, target, tiling.ROWS)
+    knobs = default_knobs(geometry, target, tiling.ROWS) | hopper_knobs(geometry, target, tiling.ROWS)
     return CudaPlan(geometry, target, text, knobs, default_regimes(tiling.ROWS), few_tokens(config))
+
+
+def _tuned(made: CudaPlan, logs: str | os.PathLike[str] | None) -> CudaPlan:
+    used = {}
+    for regime, decision in records.choose(made.config, made.target.slug, REGIMES, provenance(), logs).used.items():
+        with contextlib.suppress(ScheduleError):  # knobs that are none of this layer's are no reason not to build it
+            made, used[regime] = choices.chosen(made, regime, decision["knobs"]), records.origin(decision)
+    return dataclasses.replace(made, records=used)
 
 
 def plan_from_source(
     path: str | os.PathLike[str], gpus: str | Sequence[str] | None = None, *, tf32: bool = False, arch: str | None = None
 ) -> CudaPlan:
     """What building an edited TE module would do; the configuration is read from the file.
+
+    Hopper has no kernels of its own then: they are not made from that module, and would not follow the edits.
 
     Raises:
         BuildError: the file cannot be read or has no CONFIG and TILING.
@@ -170,6 +205,16 @@ def default_knobs(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -
     return found
 
 
+def hopper_knobs(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -> dict[str, hopper.Knobs]:
+    """Of the products that Hopper computes in its own way: those of the highest row blocks, by `up_128_hopper`."""
+    if hopper.ARCHITECTURE not in target.gpus or max(rows) < hopper.FEWEST_ROWS:
+        return {}
+    return {
+        f"{side}_{max(rows)}{hopper.SUFFIX}": hopper.default(hopper.GroupedProduct.of(geometry, side), max(rows))
+        for side in hopper.sides(geometry)
+    }
+
+
 def default_regimes(rows: Sequence[int]) -> tuple[RowBlocks, ...]:
     """The next height of row blocks begins where the one before would be filled half again."""
     heights = sorted(rows)
@@ -179,6 +224,26 @@ def default_regimes(rows: Sequence[int]) -> tuple[RowBlocks, ...]:
 def few_tokens(config: MoEConfig) -> int:
     """As long as choices mostly have experts of their own; where capacity drops choices, somebody has to count them."""
     return 0 if config.capacity_factor is not None else max(1, min(MOST_FEW_TOKENS, config.experts // config.top_k))
+
+
+def own_sources() -> str:
+    """SHA-256 of templates and schedules, which decide the code as much as the choices do; comments in schedules do not count."""
+    return sources.digest(SOURCES)
+
+
+def provenance() -> records.Provenance:
+    """What times of CUDA devices that are measured here and now depend on; without a device, what builds here depend on."""
+    compiler = f"apache-tvm {versions()['apache-tvm']}, {nvidia_compiler()}"
+    return records.Provenance(own_sources(), compiler, hardware.name())
+
+
+@functools.cache
+def nvidia_compiler() -> str:
+    """NVIDIA's compiler with its version: a process asks it once."""
+    try:
+        return str(nvidia.find())
+    except BuildError:  # planning needs none, and what needs one says so itself
+        return "none of NVIDIA's compilers"
 
 
 def versions() -> dict[str, str]:

@@ -8,21 +8,25 @@ what it cannot prove is NVIDIA's compiler and hardware.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import verification
 from ..artifact import Artifact
 from ..config import MoEConfig
 from ..errors import BuildError, EmulationError
+from ..paths import PACKAGE
+from ..schedules.cuda.hopper import ARCHITECTURE
 from . import emulated_driver, making
 from .device_count import devices
 
 EMULATED_MULTIPLY_ADDS = 1.5e9  # of a whole proof: some ten seconds
-TOKENS = (0, 1, 2, 17, 100)
+TOKENS = (0, 1, 2, 17)
 MOST_PACKED_BYTES = 4 << 30
 
 
@@ -36,17 +40,22 @@ def prove(artifact: Artifact, seed: int | None = None) -> dict[str, Any]:
         return verification.verify(artifact, seed) | {"executed": "on the device"}
     if int(artifact.manifest["packed_bytes"]) > MOST_PACKED_BYTES:
         return {"status": "skipped", "reason": "there is no CUDA device here, and the layer's weights are too large to emulate one"}
-    cases = emulated_cases(artifact.config)
+    cases = emulated_cases(artifact.config, artifact.manifest["regimes"])
     if not cases:
         return {"status": "skipped", "reason": "there is no CUDA device here, and the layer is too large to emulate one"}
     return _emulated(artifact, seed, cases)
 
 
-def emulated_cases(config: MoEConfig) -> tuple[int, ...]:
-    """Numbers of tokens whose emulation takes seconds; few if the layer is large."""
+def emulated_cases(config: MoEConfig, regimes: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
+    """Numbers of tokens whose emulation takes seconds; few if the layer is large.
+
+    Args:
+        regimes: heights of row blocks, as the manifest has them: of each, the fewest tokens that it is for.
+    """
     per_row = config.hidden * config.intermediate * (3 if config.gated else 2)
     left, taken = EMULATED_MULTIPLY_ADDS / len(verification.ROUTINGS) / 2, []
-    for tokens in TOKENS:
+    highest = [regime["rows_up_to"] * config.experts // config.top_k + 1 for regime in regimes if regime["rows_up_to"] is not None]
+    for tokens in sorted({*TOKENS, *highest}):
         rows = tokens * config.top_k if tokens <= 2 else tokens * config.top_k + 16 * min(config.experts, tokens * config.top_k)
         left -= rows * per_row + tokens * config.hidden * (config.experts + 3 * config.shared_intermediate)
         if left < 0:
@@ -56,17 +65,28 @@ def emulated_cases(config: MoEConfig) -> tuple[int, ...]:
 
 
 def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> dict[str, Any]:
-    source = (artifact.path / making.KERNELS).read_text(encoding="utf-8")
+    source, *own = making.sources(artifact.path)
+    arch = ARCHITECTURE if own else artifact.target.gpus[0]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            around = emulated_driver.environment(source, pathlib.Path(folder), arch=artifact.target.gpus[0])
+            around = emulated_driver.environment(source, pathlib.Path(folder), arch=arch, also=own)
         except EmulationError as error:
             raise BuildError(f"the kernels cannot be emulated: {error}") from error
-        job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
-        command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
-        done = subprocess.run(command, input=job, env=around, capture_output=True, text=True, check=False)
+        return report_from(artifact, around, seed, tokens) | {"executed": f"emulated {arch}"}
+
+
+def report_from(artifact: Artifact, around: Mapping[str, str], seed: int | None, tokens: Sequence[int]) -> dict[str, Any]:
+    """The report of `verification.verify` in a process with this environment.
+
+    Raises:
+        BuildError: the process breaks off.
+    """
+    known = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
+    command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
+    done = subprocess.run(command, input=job, env={**around, "PYTHONPATH": known}, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise BuildError(f"the emulated proof broke off: {said}")
     report: dict[str, Any] = json.loads(done.stdout)
-    return report | {"executed": f"emulated {artifact.target.gpus[0]}"}
+    return report

@@ -18,8 +18,8 @@ from ..config import MoEConfig
 from ..errors import CandidateError, MoegenError, ScheduleError
 from ..machine import end_with_parent
 from ..target import Target, usable_processors
+from . import kinds
 from .processes import in_parallel, run_module
-from .space import Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Workshop:
 
     def _build(self, candidate: Candidate, folder: pathlib.Path) -> pathlib.Path | CandidateError:
         try:
-            Space(self.config, self.target, candidate.regime).choice(candidate.knobs)
+            kinds.of(self.target).space(self.config, self.target, candidate.regime).choice(candidate.knobs)
         except ScheduleError as error:
             return CandidateError(str(error), "rejected")
         job = {
@@ -86,7 +86,8 @@ def main() -> None:
     """Builds what the job says; a failure is one sentence and an exit code."""
     end_with_parent()
     job: dict[str, Any] = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
-    space = Space(MoEConfig.from_dict(job["config"]), Target.from_dict(job["target"]), job["regime"])
+    target = Target.from_dict(job["target"])
+    space = kinds.of(target).space(MoEConfig.from_dict(job["config"]), target, job["regime"])
     try:
         build(space.plan(job["knobs"]), out=job["out"], verify=False, known_objects=job["objects"])
     except MoegenError as error:

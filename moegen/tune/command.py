@@ -40,8 +40,9 @@ def _regimes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[st
     "--regime", "regimes", default="few,some,many", show_default=True, callback=_regimes, metavar="NAME[,NAME...]",
     help="Rows per expert to tune for: few (about 1), some (8), many (64).",
 )  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), help="Threads of the layer. [default: all processors]")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the layer, on CPUs. [default: all processors]")
 @click.option("--rounds", type=click.IntRange(3), default=12, show_default=True, help="Turns of a candidate at each point.")
+@click.option("--tf32", is_flag=True, help="For cuda and float32: multiply on tensor cores, rounded to 10 bits of mantissa.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the search, weights and tokens.")
 @click.option("--logs", type=click.Path(), help="Folder of records. [default: $MOEGEN_LOGS, or moegen-tuning beside the store]")
 @click.option("--rpc", metavar="HOST:PORT", help="Measure on the machines that this tracker knows, instead of here.")
@@ -72,6 +73,7 @@ def tune(
     Examples:
       moegen tune --preset olmoe
       moegen tune --experts 8 --top-k 2 --hidden 512 --regime few --trials 32
+      moegen tune --preset olmoe --target cuda --arch sm_90a
       moegen tune --list
     """
     logs, as_json = options["logs"], options["as_json"]
@@ -95,13 +97,17 @@ def _layer(options: dict[str, Any], model: str | None, preset: str | None) -> Mo
 
 
 def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, options: dict[str, Any]) -> None:
-    if target == "cuda":
-        raise TargetError("tuning for cuda is not in this version of moegen")
+    if target == "cuda" and options["rpc"]:
+        raise TargetError(
+            "--rpc measures on processors only so far: for target cuda, run `moegen tune` on the machine with the device, "
+            "and take its records along with --export and --import"
+        )
     places = _places(options)
-    from .. import compiler  # here, because `moegen --help` needs no compiler
-    from . import session, stand
+    from . import kinds, session, stand  # here, because `moegen --help` needs no compiler
 
-    resolved = compiler.resolve_target(target, mcpu, arch)
+    resolved = kinds.resolve(target, mcpu, arch, tf32=options["tf32"])
+    if not places:
+        kinds.of(resolved).check_here(config, resolved)
     asked = session.Request(
         config,
         resolved,

@@ -13,10 +13,9 @@ from typing import Any
 from .. import records
 from ..config import MoEConfig
 from ..errors import CandidateError
-from ..machine import this_machine
-from ..plan import provenance, versions
 from ..records import Line
 from ..target import Target
+from . import kinds
 from .times import Measured, geometric_mean, ratio
 
 
@@ -30,7 +29,7 @@ class Scribe:
         regime: one of `choices.REGIMES`.
         threads: of the measured layers.
         seed: of the search and of the workload.
-        processor: that measured, which may be another machine's.
+        processor: that measured, or device, which may be another machine's.
     """
 
     config: MoEConfig
@@ -101,16 +100,15 @@ class Scribe:
 
     @functools.cached_property
     def _circumstances(self) -> dict[str, Any]:
-        machine = this_machine()
+        kind = kinds.of(self.target)
         return {
             "regime": self.regime,
             "layer": records.layer_of(self.config),
             "target": self.target.slug,
-            "provenance": dataclasses.asdict(provenance()) | {"processor": self.processor},
-            "versions": versions(),
+            "provenance": dataclasses.asdict(kind.provenance()) | {"processor": self.processor},
+            "versions": kind.versions(),
             "threads": self.threads,
-            "memory_bytes": machine.memory_bytes,
-            "l3_bytes": machine.l3_bytes,
+            **kind.facts(),
             "seed": self.seed,
         }
 

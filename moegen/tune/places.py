@@ -50,17 +50,18 @@ class Here:
     Args:
         folder: for files of its own.
         limit_seconds: a measurement that takes longer is a hang.
+        worker: the module of this package that measures.
     """
 
-    def __init__(self, folder: pathlib.Path, limit_seconds: float = 120.0) -> None:
-        self.folder, self.limit_seconds = folder, limit_seconds
+    def __init__(self, folder: pathlib.Path, limit_seconds: float = 120.0, worker: str = "worker") -> None:
+        self.folder, self.limit_seconds, self.worker = folder, limit_seconds, worker
 
     def measure(self, job: Job) -> dict[str, Any]:
         """As `Place.measure`; the worker is a process of its own."""
         asked, answer = self.folder / "job.json", self.folder / "result.json"
         asked.write_text(json.dumps(job), encoding="utf-8")
         answer.unlink(missing_ok=True)
-        run_module("worker", [str(asked), str(answer)], self.limit_seconds, self.folder / "worker.log")
+        run_module(self.worker, [str(asked), str(answer)], self.limit_seconds, self.folder / "worker.log")
         try:
             found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):

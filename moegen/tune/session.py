@@ -19,12 +19,12 @@ from .. import choices, records
 from ..config import MoEConfig
 from ..errors import CandidateError, MeasureError
 from ..records import Line
-from ..target import Target, usable_processors
+from ..target import Target
+from . import kinds
 from .journal import Journal
 from .lines import Scribe
 from .places import Place
 from .search import BATCH, Search
-from .space import Space
 from .stand import Effort, Stand, open_stand
 from .times import Measured, ratio
 
@@ -41,7 +41,7 @@ class Request:
         regimes: some of `choices.REGIMES`.
         trials: candidates to measure for each regime.
         exhaustive: measure all candidates, however many.
-        threads: of the measured layers; None for all processors.
+        threads: of the measured layers, on CPUs; None for all processors.
         seed: of the search and of the workload.
         logs: the user's records, as in `records.user_folder`.
         effort: how long to measure.
@@ -114,10 +114,7 @@ def tune(asked: Request, watch: Watch | None = None, places: Sequence[Place] = (
 def _check(asked: Request) -> int:
     if unknown := [regime for regime in asked.regimes if regime not in choices.REGIMES]:
         raise MeasureError(f"regime={unknown[0]!r} must be one of {', '.join(choices.REGIMES)}")
-    processors = usable_processors()
-    threads = asked.threads or processors
-    if threads > processors:
-        raise MeasureError(f"threads={threads} is more than the {processors} processors that may be used: ask for fewer")
+    threads = kinds.of(asked.target).threads(asked.threads)
     if asked.trials < 1:
         raise MeasureError(f"trials={asked.trials} must be at least 1")
     return threads
@@ -129,7 +126,7 @@ class _Regime:
     def __init__(self, asked: Request, scribe: Scribe, stand: Stand, journal: Journal, watch: Watch) -> None:
         self.asked, self.scribe, self.stand, self.journal, self.watch = asked, scribe, stand, journal, watch
         self.name = scribe.regime
-        self.space = Space(asked.config, asked.target, self.name)
+        self.space = kinds.of(asked.target).space(asked.config, asked.target, self.name)
         self.search = Search(self.space.candidates, self.space.default, asked.seed)
         self.trials = [line for line in self._earlier() if line["kind"] == "trial"]
         for line in self.trials:

@@ -59,13 +59,12 @@ def show(logs: Logs, as_json: bool) -> None:
 
 def _rows(where: str, folder: pathlib.Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    here = _here()
     for path, found in records.everything(folder):
         rows += [{"where": where, "file": str(path), "line": number, "damaged": why} for number, why in found.damaged]
         decisions = [line for line in found.lines if line["kind"] == "decision"]
         trials = [line for line in found.lines if line["kind"] == "trial"]
         for line in decisions[-1:]:
-            rows.append(_row(where, path, line, standing(line, found.lines, here)))
+            rows.append(_row(where, path, line, standing(line, found.lines, _here(line["target"]))))
         if trials and not decisions:
             rows.append(_row(where, path, trials[-1], f"unfinished, {len(trials)} trials") | {"points": []})
     return rows
@@ -93,13 +92,13 @@ def _own(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [point for point in row["points"] if point["tokens"] in row["own_tokens"]]
 
 
-def _here() -> Provenance | None:
-    """The provenance of what would be measured here; None without a compiler, when nothing would."""
+def _here(target: str) -> Provenance | None:
+    """The provenance of what would be measured here for a target's slug; None without a compiler, when nothing would."""
     try:
-        from ..plan import provenance  # here, because a list needs no compiler
+        from . import kinds  # here, because a list needs no compiler
     except BuildError:
         return None
-    return provenance()
+    return kinds.of(target).provenance()
 
 
 def standing(line: Line, lines: Sequence[Line], here: Provenance | None) -> str:

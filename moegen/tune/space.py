@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from .. import choices
 from ..choices import Choice
 from ..config import MoEConfig
+from ..cuda import choices as cuda_choices
+from ..cuda import planning
+from ..cuda.planning import CudaPlan
 from ..errors import ScheduleError
 from ..plan import Plan, plan_of
 from ..target import Target
@@ -75,3 +78,45 @@ class Space:
             except ScheduleError:
                 continue
             yield values
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaSpace:
+    """The same for CUDA devices, where a choice is a whole plan.
+
+    Args:
+        config: the layer.
+        target: what it is compiled for.
+        regime: one of `choices.REGIMES`.
+    """
+
+    config: MoEConfig
+    target: Target
+    regime: str
+
+    @functools.cached_property
+    def base(self) -> CudaPlan:
+        """The default plan."""
+        return planning.default_plan(self.config, self.target)
+
+    @property
+    def default(self) -> dict[str, int]:
+        """The candidate that is built when nothing was tuned."""
+        return cuda_choices.values(self.base, self.regime)
+
+    def choice(self, values: Mapping[str, int]) -> CudaPlan:
+        """A candidate as a whole plan.
+
+        Raises:
+            ScheduleError: it is illegal.
+        """
+        return cuda_choices.chosen(self.base, self.regime, values)
+
+    def plan(self, values: Mapping[str, int]) -> CudaPlan:
+        """The same."""
+        return self.choice(values)
+
+    @functools.cached_property
+    def candidates(self) -> list[dict[str, int]]:
+        """Legal candidates, in a fixed order; of very many, some."""
+        return cuda_choices.candidates(self.base, self.regime)

@@ -15,10 +15,11 @@ from ..artifact import open_artifact
 from ..bench import workload
 from ..config import MoEConfig
 from ..display import size
-from ..errors import BuildError, CandidateError, MeasureError, TargetError
-from ..machine import available_bytes, processor, this_machine
+from ..errors import BuildError, CandidateError, MeasureError
+from ..machine import available_bytes
 from ..presets import weight_bytes
-from ..target import Target, host_arch, missing_features
+from ..target import Target
+from . import kinds
 from .building import Candidate, Workshop
 from .places import Here, Place, Places
 from .processes import in_parallel
@@ -65,6 +66,7 @@ class Stand:
         self, config: MoEConfig, target: Target, folder: pathlib.Path, places: Places, threads: int, seed: int, effort: Effort
     ) -> None:
         self.config, self.target, self.places = config, target, places
+        self.kind = kinds.of(target)
         self.threads, self.seed, self.effort = threads, seed, effort
         self.folders = [folder / routing for routing in ROUTINGS]
         workload.make(self.folders[0], config, "uniform", seed)
@@ -72,7 +74,7 @@ class Stand:
         self.workshop = Workshop(config, target, folder)
         self.default = self._default(folder)
         packed_bytes = int(open_artifact(self.default).manifest["packed_bytes"])
-        self.copies = min(_MOST_COPIES, -(-2 * this_machine().l3_bytes // packed_bytes))
+        self.copies = min(_MOST_COPIES, -(-2 * self.kind.cache_bytes() // packed_bytes))
 
     def _default(self, folder: pathlib.Path) -> pathlib.Path:
         (built,) = self.workshop.build([Candidate("few", {})])
@@ -82,17 +84,17 @@ class Stand:
 
     @functools.cached_property
     def processor(self) -> str:
-        """The processor that measures; other machines say which theirs is.
+        """The processor or device that measures; other machines say which theirs is.
 
         Raises:
-            MeasureError: there is no place left to measure at, or the default cannot be measured there.
+            MeasureError: no place is left to measure at, the default cannot be measured there, or its times are worth nothing.
         """
         if self.places.are_here:
-            return processor()
+            return self.kind.admitted(self.kind.name())
         regime = choices.REGIMES[0]
         self.prepare([regime])
         asked = self._job(self.copy_of_default(), [regime]) | {"rounds": 1}
-        return str(self.places.measure(asked)["machine"]["processor"])
+        return self.kind.admitted(str(self.places.measure(asked)["machine"]["processor"]))
 
     def copy_of_default(self) -> pathlib.Path:
         """The default once more, under another name, so that it is loaded beside itself."""
@@ -111,7 +113,7 @@ class Stand:
 
     def tokens(self, regimes: Sequence[str]) -> list[int]:
         """Numbers of tokens at which these regimes are measured."""
-        return list(dict.fromkeys(tokens for regime in regimes for tokens in choices.tokens_of(self.config, regime)))
+        return list(dict.fromkeys(tokens for regime in regimes for tokens in self.kind.tokens(self.config, regime)))
 
     def build(self, regime: str, candidates: Sequence[Mapping[str, int]]) -> list[pathlib.Path | CandidateError]:
         """Artifacts of the candidates of a regime."""
@@ -181,13 +183,14 @@ def open_stand(
         MeasureError: the layer does not fit into memory.
         BuildError: the default cannot be built.
     """
-    if not places and (target.arch != host_arch() or missing_features(target)):
-        raise TargetError(f"{target} does not run on this machine, so that nothing can be measured: tune where it runs")
+    kind = kinds.of(target)
+    if not places:
+        kind.check_here(config, target)
     needed, budget = round(weight_bytes(config) * _COPIES_IN_MEMORY), int(available_bytes() * _MEMORY_FRACTION)
     if needed > budget:
         raise MeasureError(f"{size(needed)} are needed for {_COPIES_IN_MEMORY:g} copies of the weights, {size(budget)} may be used")
     hurry = effort or Effort()
     with workload.temporary_folder(round(weight_bytes(config) * 2)) as folder:
-        here = Here(folder, hurry.patience_seconds + weight_bytes(config) / _BYTES_PER_SECOND)
+        here = Here(folder, hurry.patience_seconds + weight_bytes(config) / _BYTES_PER_SECOND, kind.WORKER)
         with contextlib.closing(Places(places or [here])) as everywhere:
             yield Stand(config, target, folder, everywhere, threads, seed, hurry)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from .. import choices, records
 from ..config import MoEConfig
 from ..errors import CandidateError, MoegenError
-from ..plan import provenance
 from ..records import Line
-from ..target import Target, host_arch, missing_features, usable_processors
+from ..target import Target
+from . import kinds
 from .journal import Journal
 from .lines import Scribe
 from .session import judged
@@ -27,12 +27,13 @@ def settle(config: MoEConfig, target: Target, logs: str | os.PathLike[str] | Non
 
     A layer that cannot be measured here keeps the default, and the sentence says why.
     """
-    pending = records.choose(config, target.slug, choices.REGIMES, provenance(), logs).open
-    if not pending or target.arch != host_arch() or missing_features(target):
+    kind = kinds.of(target)
+    pending = records.choose(config, target.slug, choices.REGIMES, kind.provenance(), logs).open
+    if not pending or not kind.runs_here(target):
         return
     with contextlib.ExitStack() as stack:
         try:
-            stand = stack.enter_context(open_stand(config, target, usable_processors(), effort=_EFFORT))
+            stand = stack.enter_context(open_stand(config, target, kind.threads(None), effort=_EFFORT))
         except MoegenError as error:
             yield f"tuning records of {records.layer_name(records.layer_of(config))} are not used: {error}"
             return
@@ -44,7 +45,7 @@ def _settled(stand: Stand, decision: Line, folder: pathlib.Path) -> str:
     """One decision beside the default, at the points of its regime."""
     regime = str(decision["regime"])
     scribe = Scribe(stand.config, stand.target, regime, stand.threads, stand.seed, stand.processor)
-    origin = " and ".join(provenance().differs_in(decision["provenance"]))
+    origin = " and ".join(kinds.of(stand.target).provenance().differs_in(decision["provenance"]))
     name = f"the tuning record for {regime} rows per expert (from {origin})"
     try:
         with Journal(records.file_of(folder, stand.target.slug, decision["layer"], regime)) as journal:

@@ -13,17 +13,19 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..arrays import HostArray, empty_aligned, to_float32
+from ..artifact import Artifact, check_loadable, open_artifact
 from ..bench import workload
+from ..config import MoEConfig
 from ..machine import end_with_parent
-from ..runtime import Layer, Module, load
-from ..weights import resolve
+from ..runtime import Layer, Module
+from ..weights import WeightSource, resolve
 
 PACKED = "packed.bin"
 _ASLEEP_SECONDS = 1e-3  # the threads of the other layer's pool wait busily for a part of that
@@ -33,7 +35,32 @@ _SLICE_SECONDS = 10e-3  # of a scheduler: a call that takes longer is disturbed 
 Array = npt.NDArray[Any]
 
 
-class Pair:
+class Point(Protocol):
+    """The default and a candidate at one number of tokens."""
+
+    def error(self, which: int) -> float:
+        """Relative L2 error of the checked tokens of all batches, written over NaN, by the default (0) or the candidate (1)."""
+
+    def samples(self, rounds: int, min_seconds: float) -> list[list[float]]:
+        """[default, candidate], each with the time of a call in each round; who begins changes from round to round."""
+
+
+class Pair(Protocol):
+    """The default and a candidate on the same packed weights."""
+
+    config: MoEConfig
+
+    def route_as(self, folder: pathlib.Path) -> None:
+        """Takes the router of a variant of the workload."""
+
+    def point(self, folder: pathlib.Path, tokens: int) -> Point:
+        """What is measured at one number of tokens."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says beside its points."""
+
+
+class _Pair:
     """The layers of two artifacts on the same packed weights, of which there may be several copies.
 
     Args:
@@ -43,11 +70,9 @@ class Pair:
     """
 
     def __init__(self, artifacts: Sequence[str], folder: pathlib.Path, threads: int, copies: int) -> None:
-        self.modules: list[Module] = [load(path, threads=threads) for path in artifacts]
+        self.modules = [Module(opened(path), threads) for path in artifacts]
         self.config = self.modules[0].config
-        first, second = (module.artifact.manifest for module in self.modules)
-        if first["segments"] != second["segments"]:
-            raise ValueError("the candidate has another weight layout than the default")
+        check_layouts(module.artifact for module in self.modules)
         self.threads = threads
         self.base = workload.variant_of(folder)
         self.blobs = [_packed(self.modules[0], self.base, threads)]
@@ -56,22 +81,27 @@ class Pair:
 
     def route_as(self, folder: pathlib.Path) -> None:
         """Takes the router of a variant of the workload."""
-        if workload.variant_of(folder) != self.base:
-            raise ValueError(f"{folder} does not share its weights with {self.base}")
-        source = resolve(self.config, workload.read_weights(folder))
+        source = variant(self.config, folder, self.base)
         for blob in self.blobs:
             self.modules[0].packer(self.threads, blob).router(source)
 
+    def point(self, folder: pathlib.Path, tokens: int) -> _Point:
+        """What is measured at one number of tokens."""
+        return _Point(self, folder, tokens)
 
-class Point:
+    def facts(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+class _Point:
     """A pair at one number of tokens."""
 
-    def __init__(self, pair: Pair, folder: pathlib.Path, tokens: int) -> None:
+    def __init__(self, pair: _Pair, folder: pathlib.Path, tokens: int) -> None:
         self.pair = pair
         self.inputs = [_aligned(batch) for batch in workload.read_batches(folder, tokens)]
         self.outputs = [HostArray(empty_aligned(x.shape, x.data.dtype), x.dtype) for x in self.inputs]
-        checks = workload.read_checks(folder, tokens)
-        self.checks = workload.study(folder, tokens)[1] if checks is None else checks
+        self.checks = checks_of(folder, tokens)
 
     def error(self, which: int) -> float:
         """Relative L2 error of the checked tokens of all batches, written over NaN."""
@@ -124,22 +154,60 @@ class Point:
         return layers[index % len(layers)]
 
 
-def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Carries out a job; a point where a layer is wrong is not timed, nor are those that follow."""
+def _pair(job: Mapping[str, Any], folder: pathlib.Path) -> _Pair:
+    return _Pair(job["artifacts"], folder, int(job["threads"]), int(job["copies"]))
+
+
+# ---------------------------------------------------------------- for processors and devices alike
+
+
+def opened(path: str) -> Artifact:
+    """A whole artifact that can be loaded here."""
+    artifact = open_artifact(path)
+    check_loadable(artifact)
+    return artifact
+
+
+def check_layouts(artifacts: Iterable[Artifact]) -> None:
+    """Raises a ValueError for artifacts that cannot share their weights."""
+    first, second = (artifact.manifest["segments"] for artifact in artifacts)
+    if first != second:
+        raise ValueError("the candidate has another weight layout than the default")
+
+
+def variant(config: MoEConfig, folder: pathlib.Path, base: pathlib.Path) -> WeightSource:
+    """The weights of a workload that has all but its router in common with `base`."""
+    if workload.variant_of(folder) != base:
+        raise ValueError(f"{folder} does not share its weights with {base}")
+    return resolve(config, workload.read_weights(folder))
+
+
+def checks_of(folder: pathlib.Path, tokens: int) -> workload.Checks:
+    """What outputs should be, as it was kept or by the reference."""
+    checks = workload.read_checks(folder, tokens)
+    return workload.study(folder, tokens)[1] if checks is None else checks
+
+
+def measure(job: Mapping[str, Any], make: Callable[[Mapping[str, Any], pathlib.Path], Pair] = _pair) -> dict[str, Any]:
+    """Carries out a job; a point where a layer is wrong is not timed, nor are those that follow.
+
+    Args:
+        make: makes the pair for a job, with the weights of a workload.
+    """
     folders = [pathlib.Path(folder) for folder in job["workload"]]
-    pair = Pair(job["artifacts"], folders[0], int(job["threads"]), int(job["copies"]))
+    pair = make(job, folders[0])
     bound = workload.bound(pair.config)
     points, right = [], True
     for folder in folders:
         pair.route_as(folder)
         for tokens in job["tokens"]:
-            point = Point(pair, folder, tokens)
+            point = pair.point(folder, tokens)
             errors = [point.error(which) for which in (0, 1)]
             right = right and all(error <= bound for error in errors)
             seconds = point.samples(int(job["rounds"]), float(job["min_ms"]) / 1e3) if right else [[], []]
             finite = [error if math.isfinite(error) else None for error in errors]
             points.append({"workload": str(folder), "tokens": tokens, "relative_l2": finite, "seconds": seconds})
-    return {"points": points}
+    return {"points": points} | pair.facts()
 
 
 def _packed(module: Module, folder: pathlib.Path, threads: int) -> Array:
@@ -170,11 +238,11 @@ def _aligned(batch: HostArray) -> HostArray:
     return HostArray(_copy(batch.data), batch.dtype)
 
 
-def main() -> None:
+def main(make: Callable[[Mapping[str, Any], pathlib.Path], Pair] = _pair) -> None:
     """Reads the job, writes the result."""
     end_with_parent()
     job, result = map(pathlib.Path, sys.argv[1:3])
-    found = measure(json.loads(job.read_text(encoding="utf-8")))
+    found = measure(json.loads(job.read_text(encoding="utf-8")), make)
     result.write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from moegen.config import MoEConfig
+from moegen.cuda_geometry import CudaGeometry
 from moegen.errors import ScheduleError
 
 __all__ = [
-    "CONSUMERS", "STEP", "THREADS", "GroupedProduct", "Knobs", "Layout", "TensorMap",
-    "check", "cycles", "default", "layout", "space", "tensor_maps",
+    "ARCHITECTURE", "CONSUMERS", "FEWEST_ROWS", "STEP", "SUFFIX", "THREADS", "GroupedProduct", "Knobs", "Layout", "TensorMap",
+    "check", "cycles", "default", "layout", "sides", "space", "tensor_maps",
 ]  # fmt: skip
 
+ARCHITECTURE = "sm_90a"
+SUFFIX = "_hopper"  # of a stage's name and its kernel's, beside those that all devices have
+FEWEST_ROWS = 128  # of a block that is worth it by default: with fewer, reading weights takes longer than multiplying
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}  # as PTX names them
 ITEM_BYTES = 2
 STEP = 64  # terms of a stage: 128 bytes, the width of the swizzle that copies and products share
@@ -33,6 +36,7 @@ THREADS = (1 + CONSUMERS) * WARPGROUP
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 72, 216  # of a thread, out of the 168 that all begin with
 SLAB_COLUMNS = 64  # results that a warp turns into whole lines at once, of 16 rows
 SLAB_BYTES = 16 * SLAB_COLUMNS * ITEM_BYTES
+STORED_COLUMNS = 16 // ITEM_BYTES  # at once, of one row
 ALIGNMENT_BYTES = 1024  # of a stage: eight rows of the swizzle
 MAX_SHARED_BYTES = 232448  # of a block, on compute capability 9.0
 MAX_BOX_ROWS = 256
@@ -46,16 +50,14 @@ class GroupedProduct:
     """One of the two products of the experts, for rows in blocks of one expert each.
 
     Args:
-        side: `up`: rows [T, H] are gathered, and the activation is applied; `down`: rows lie in blocks, and results are weighted
+        side: `up`: rows [T, k] are gathered, and the activation is applied; `down`: rows lie in blocks, and results are weighted
             and go to their slots.
         experts: how many matrices there are.
-        k: terms that rows have; a multiple of 8.
-        k_padded: terms that weights have, zeros at their end; a multiple of 64, and what `down` rows have.
-        n: columns that are stored; a multiple of 8.
-        n_padded: columns that weights have.
+        k: terms of rows and weights, zeros at their end; a multiple of 64.
+        n: columns of weights and results; a multiple of 8.
         parts: 2 for gate and up, whose columns are computed side by side, else 1.
         dtype: `bfloat16` or `float16`, of rows, weights and results; sums are float32.
-        bias: float32 [experts, parts, n_padded] is added to the sums.
+        bias: float32 [experts, parts, n] is added to the sums.
         weighted: sums are multiplied by their row's weight: results for `down`, and for `up` before bias and activation, as if
             the input had been.
     """
@@ -63,35 +65,27 @@ class GroupedProduct:
     side: str
     experts: int
     k: int
-    k_padded: int
     n: int
-    n_padded: int
     parts: int
     dtype: str
     bias: bool = False
     weighted: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("k", "n"):
-            if getattr(self, name) % 8:
-                raise ScheduleError(f"{name}={getattr(self, name)} must be a multiple of 8: rows are copied 16 bytes at a time")
-        if self.k_padded % STEP or self.k_padded < self.k or self.n_padded < self.n:
-            raise ScheduleError(f"k_padded={self.k_padded} must be a multiple of {STEP} and both padded sizes hold the others")
+        for name, multiple in (("k", STEP), ("n", STORED_COLUMNS)):
+            if getattr(self, name) % multiple:
+                raise ScheduleError(f"{name}={getattr(self, name)} must be a multiple of {multiple}")
         if self.dtype not in DTYPES:
             raise ScheduleError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}: Hopper's products of rows and weights")
         if self.side not in ("up", "down") or self.parts not in ((1, 2) if self.side == "up" else (1,)):
             raise ScheduleError(f"side={self.side!r} with parts={self.parts} must be 'up' with 1 or 2, or 'down' with 1")
 
     @classmethod
-    def of(cls, config: MoEConfig, side: str) -> GroupedProduct:
-        """The product `side` of a layer's routed experts, weights padded to multiples of 64."""
-        hidden, intermediate = (-(-size // STEP) * STEP for size in (config.hidden, config.intermediate))
-        common = {"experts": config.experts, "dtype": config.dtype, "bias": config.expert_bias}
-        if side == "up":
-            sizes = {"k": config.hidden, "k_padded": hidden, "n": intermediate, "n_padded": intermediate}
-            return cls(side, **sizes, **common, parts=1 + config.gated, weighted=config.weight_on_input)
-        sizes = {"k": intermediate, "k_padded": intermediate, "n": config.hidden, "n_padded": hidden}
-        return cls(side, **sizes, **common, parts=1, weighted=not config.weight_on_input)
+    def of(cls, geometry: CudaGeometry, side: str) -> GroupedProduct:
+        """The product `side` of a layer's routed experts."""
+        config, p = geometry.config, geometry.products[side]
+        weighted = config.weight_on_input == (side == "up")
+        return cls(side, p.count, p.k_padded, p.n_padded, p.parts, p.dtype, config.expert_bias, weighted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +162,13 @@ class TensorMap:
     l2_promotion: str = "L2_256B"
 
 
+def sides(geometry: CudaGeometry) -> tuple[str, ...]:
+    """The products of a layer that can be computed here: `down` stores what `up` does, 16 bits, which float16's terms are not."""
+    if geometry.config.dtype not in DTYPES:
+        return ()
+    return ("up", "down") if geometry.terms_type == geometry.config.dtype else ("up",)
+
+
 def layout(product: GroupedProduct, knobs: Knobs) -> Layout:
     """Sizes of a kernel."""
     row_groups = min(CONSUMERS, knobs.rows // ATOM_ROWS)
@@ -180,7 +181,7 @@ def layout(product: GroupedProduct, knobs: Knobs) -> Layout:
         atoms=knobs.rows // (row_groups * ATOM_ROWS),
         share=share,
         width=product.parts * share,
-        steps=product.k_padded // STEP,
+        steps=product.k // STEP,
         column_tiles=-(-product.n // knobs.columns),
         rows_bytes=knobs.rows * row_bytes,
         stage_bytes=stage_bytes,
@@ -233,8 +234,8 @@ def default(product: GroupedProduct, rows: int = 128) -> Knobs:
 
 def tensor_maps(product: GroupedProduct, knobs: Knobs) -> tuple[TensorMap, ...]:
     """The tensor maps that a kernel takes, by the names of its arguments."""
-    k, pitch = product.k_padded, (product.k_padded * ITEM_BYTES,)
-    columns = product.experts * product.parts * product.n_padded
+    k, pitch = product.k, (product.k * ITEM_BYTES,)
+    columns = product.experts * product.parts * product.n
     weights = TensorMap("weights", product.dtype, (k, columns), pitch, (STEP, layout(product, knobs).share))
     if product.side == "up":
         return (weights,)

@@ -6,12 +6,16 @@ How weights are packed does not depend on it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from moegen.cuda_geometry import K_MULTIPLE, Product
 from moegen.errors import ScheduleError
 
 ROWS = (16, 64, 128)  # of the row blocks that there are tile kernels for
 MOST_SUMS = 128  # of one thread: half of its registers
+OTHER_REGISTERS = 64  # of one thread, about: fragments, addresses and what the epilogue needs
+MOST_REGISTERS, BLOCK_REGISTERS = 255, 65536  # of one thread, and of all threads of a block together
+MOST_COPIES = 16  # of 16 bytes that one thread begins for a stage: they are unrolled
 FEW_LANES_BYTES = 128  # of one row of weights that neighbouring threads read together
 
 
@@ -43,6 +47,11 @@ class Tile:
     def threads(self) -> int:
         """Threads of a thread block."""
         return 32 * self.warps
+
+    @property
+    def registers(self) -> int:
+        """Registers that a thread may have: more would not fit into a multiprocessor."""
+        return min(MOST_REGISTERS, BLOCK_REGISTERS // self.threads)
 
     @property
     def thread_rows(self) -> int:
@@ -106,15 +115,18 @@ def check(tile: Tile, product: Product, item_bytes: int, most_shared_bytes: int)
 
 def space(rows: int, product: Product, item_bytes: int, most_shared_bytes: int) -> tuple[Tile, ...]:
     """Every legal tile of a height that is worth trying."""
-    found = []
-    for columns in (16, 32, 64, 128):
-        for terms in (32, 64):
-            for stages in (2, 3, 4, 5, 6):
-                for row_warps, column_warps in ((1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (1, 8)):
-                    tile = Tile(rows, columns, terms, stages, row_warps, column_warps)
-                    try:
-                        check(tile, product, item_bytes, most_shared_bytes)
-                    except ScheduleError:
-                        continue
-                    found.append(tile)
-    return tuple(found)
+    warps = ((1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4))
+    sizes = itertools.product((16, 32, 64, 128), (16, 32, 64), (2, 3, 4, 5, 6), warps)
+    tiles = (Tile(rows, columns, terms, stages, *both) for columns, terms, stages, both in sizes)
+    return tuple(tile for tile in tiles if _worth_trying(tile, product, item_bytes, most_shared_bytes))
+
+
+def _worth_trying(tile: Tile, product: Product, item_bytes: int, most_shared_bytes: int) -> bool:
+    """Legal, with sums that stay in registers and copies that are soon begun."""
+    try:
+        check(tile, product, item_bytes, most_shared_bytes)
+    except ScheduleError:
+        return False
+    sums = tile.thread_rows * tile.thread_columns * product.parts
+    copies = (tile.rows + product.parts * tile.columns) * tile.terms * item_bytes // (16 * tile.threads)
+    return sums + OTHER_REGISTERS <= tile.registers and copies <= MOST_COPIES

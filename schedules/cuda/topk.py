@@ -18,17 +18,20 @@ def apply(sch: Any, name: str, experts: int) -> list[Rewrite]:
     sch.bind(token, "blockIdx.x")
     _spread(sch, choice, threads)
     for stage in reversed([stage for stage in blocks if stage not in outputs]):
-        block = blocks[stage]
-        for written in range(len(sch.get(block).writes)):
-            sch.set_scope(block, written, "shared")
-        sch.compute_at(block, token, preserve_unit_loops=True)
-        loops = sch.get_loops(block)[1:]
-        spatial = [loop for loop, var in zip(loops, sch.get(block).iter_vars, strict=True) if int(var.iter_type) == 0]
-        if len(spatial) > 1:
-            _spread(sch, spatial[1], threads)
-        else:
-            _spread(sch, loops[-1], threads)
+        _place(sch, blocks[stage], token, threads)
     return []
+
+
+def _place(sch: Any, block: Any, token: Any, threads: int) -> None:
+    """What a block makes of one token: by many threads in shared memory, or a single value by each for itself."""
+    sch.compute_at(block, token, preserve_unit_loops=True)
+    loops = list(zip(sch.get_loops(block)[1:], sch.get(block).iter_vars, strict=True))
+    spatial = [loop for loop, var in loops[1:] if int(var.iter_type) == 0 and int(sch.get(loop).extent) > 1]
+    summed = [loop for loop, var in loops if int(var.iter_type) != 0 and int(sch.get(loop).extent) > 1]
+    for written in range(len(sch.get(block).writes)):
+        sch.set_scope(block, written, "shared" if spatial or summed else "local")
+    if spatial or summed:
+        _spread(sch, (spatial or summed)[0], threads)
 
 
 def _spread(sch: Any, loop: Any, threads: int) -> None:

@@ -52,7 +52,17 @@ MOEGEN_FORWARD(cuMemFree, (CUdeviceptr pointer), (pointer))
 MOEGEN_FORWARD(cuMemcpyAsync, (CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream), (to, from, bytes, stream))
 MOEGEN_FORWARD(cuMemcpy2DAsync, (const CUDA_MEMCPY2D* copy, CUstream stream), (copy, stream))
 MOEGEN_FORWARD(cuMemsetD8Async, (CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream), (to, value, bytes, stream))
+MOEGEN_FORWARD(cuTensorMapEncodeTiled,
+               (CUtensorMap * map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims, const cuuint64_t* strides,
+                const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill),
+               (map, type, rank, base, dims, strides, box, steps, interleave, swizzle, promotion, fill))
 MOEGEN_FORWARD(cuStreamSynchronize, (CUstream stream), (stream))
+MOEGEN_FORWARD(cuEventCreate, (CUevent * event, unsigned flags), (event, flags))
+MOEGEN_FORWARD(cuEventRecord, (CUevent event, CUstream stream), (event, stream))
+MOEGEN_FORWARD(cuEventSynchronize, (CUevent event), (event))
+MOEGEN_FORWARD(cuEventElapsedTime, (float* ms, CUevent begin, CUevent end), (ms, begin, end))
+MOEGEN_FORWARD(cuEventDestroy, (CUevent event), (event))
 
 // What the launcher says of errors, which it may have to where there is no driver to ask.
 extern "C" CUresult CUDAAPI cuGetErrorName(CUresult error, const char** text) {

@@ -1,9 +1,10 @@
 // libcuda.so.1 without a device: the part of the driver's interface that compiled layers use, on top of emulated kernels.
 //
-// Machine code that is loaded is ignored; kernels come from the library named by $MOEGEN_EMULATED_KERNELS. Every call has done its
-// work when it returns, whatever the stream. Other settings, all $MOEGEN_EMULATED_...: ARCH (sm_90 when missing) is the device,
-// SHARED_BYTES what its blocks may have of shared memory, THREADS how many threads run blocks, ORDER (ascending, descending,
-// shuffled) and SEED in which order a block's threads run. Structures and numbers are those of the driver's interface.
+// Machine code that is loaded is ignored; its kernels come from the libraries that $MOEGEN_EMULATED_KERNELS names meanwhile, parted by
+// colons. Every call has done its work when it returns, whatever the stream. Other settings, all $MOEGEN_EMULATED_...: ARCH (sm_90
+// when missing) is the device, SHARED_BYTES what its blocks may have of shared memory, THREADS how many threads run blocks, ORDER
+// (ascending, descending, shuffled) and SEED in which order a block's threads run. Structures and numbers are those of the driver's
+// interface.
 #include <algorithm>
 #include <chrono>
 
@@ -158,7 +159,10 @@ DRIVER cuCtxPopCurrent_v2(void** out) {
   return kSuccess;
 }
 DRIVER cuCtxGetDevice(int* device) { return Give(device, 0); }
-DRIVER cuCtxSynchronize() { return kSuccess; }
+DRIVER cuCtxSynchronize() {
+  ++waits;
+  return kSuccess;
+}
 
 DRIVER cuGetErrorName(int error, const char** out) {
   switch (error) {
@@ -308,7 +312,10 @@ DRIVER cuStreamDestroy_v2(void* stream) {
   delete static_cast<int*>(stream);
   return kSuccess;
 }
-DRIVER cuStreamSynchronize(void*) { return kSuccess; }
+DRIVER cuStreamSynchronize(void*) {
+  ++waits;
+  return kSuccess;
+}
 DRIVER cuStreamQuery(void*) { return kSuccess; }
 DRIVER cuStreamWaitEvent(void*, void*, unsigned) { return kSuccess; }
 DRIVER cuStreamIsCapturing(void*, int* status) { return Give(status, 0); }
@@ -341,3 +348,8 @@ DRIVER cuGetProcAddress_v2(const char* symbol, void** out, int, uint64_t, int* s
 DRIVER cuGetProcAddress(const char* symbol, void** out, int version, uint64_t flags) {
   return cuGetProcAddress_v2(symbol, out, version, flags, nullptr);
 }
+
+// ---------------------------------------------------------------- of the emulator alone
+
+extern "C" MOEGEN_EXPORT long moegen_emulated_launches() { return launches; }
+extern "C" MOEGEN_EXPORT long moegen_emulated_waits() { return waits; }

@@ -1,11 +1,13 @@
-// Kernels of the emulated driver: found in the library that $MOEGEN_EMULATED_KERNELS names, launched with the driver's checks.
+// Kernels of the emulated driver: found in the libraries that $MOEGEN_EMULATED_KERNELS names, launched with the driver's checks.
 #pragma once
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <sstream>
 #include <string>
 #include <thread>
 
@@ -63,35 +65,46 @@ inline Result Give(Out* out, Value value) {
 
 struct Function {
   std::string name;
+  decltype(&moegen_emulator_launch) launch = nullptr;
   int max_threads = 0, static_shared = 0, parameters = 0;
   int max_dynamic = static_cast<int>(kPlainShared);
 };
 
 struct Library {
-  void* handle = nullptr;
-  decltype(&moegen_emulator_kernel) kernel = nullptr;
-  decltype(&moegen_emulator_launch) launch = nullptr;
   std::map<std::string, Function> functions;
 };
 
+// Adds the kernels of a compiled source.
+inline Result Add(Library* library, const std::string& path) {
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) return Refuse(kFileNotFound, dlerror());
+  auto next = reinterpret_cast<decltype(&moegen_emulator_kernel)>(dlsym(handle, "moegen_emulator_kernel"));
+  auto launch = reinterpret_cast<decltype(&moegen_emulator_launch)>(dlsym(handle, "moegen_emulator_launch"));
+  if (next == nullptr || launch == nullptr) return Refuse(kFileNotFound, path + " has no kernels");
+  MoegenKernel kernel;
+  for (int i = 0; next(i, &kernel) != 0; ++i) {
+    Function function{kernel.name, launch, kernel.max_threads, kernel.static_shared, kernel.parameters};
+    if (!library->functions.emplace(kernel.name, function).second) {
+      return Refuse(kInvalidValue, std::string("there are two kernels ") + kernel.name);
+    }
+  }
+  return kSuccess;
+}
+
 inline Result Open(Library** out) {
   static std::mutex mutex;
-  static Library* library = nullptr;  // one for the process: every image that is loaded has the same kernels
+  static auto* libraries = new std::map<std::string, Library*>;  // by their paths: an image has the kernels of when it is loaded
   std::lock_guard<std::mutex> lock(mutex);
+  const char* named = std::getenv("MOEGEN_EMULATED_KERNELS");
+  if (named == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
+  Library*& library = (*libraries)[named];
   if (library == nullptr) {
-    const char* path = std::getenv("MOEGEN_EMULATED_KERNELS");
-    if (path == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
-    auto* opened = new Library;
-    opened->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (opened->handle == nullptr) return Refuse(kFileNotFound, dlerror());
-    opened->kernel = reinterpret_cast<decltype(opened->kernel)>(dlsym(opened->handle, "moegen_emulator_kernel"));
-    opened->launch = reinterpret_cast<decltype(opened->launch)>(dlsym(opened->handle, "moegen_emulator_launch"));
-    if (opened->kernel == nullptr || opened->launch == nullptr) return Refuse(kFileNotFound, std::string(path) + " has no kernels");
-    MoegenKernel kernel;
-    for (int i = 0; opened->kernel(i, &kernel) != 0; ++i) {
-      opened->functions[kernel.name] = {kernel.name, kernel.max_threads, kernel.static_shared, kernel.parameters};
+    auto opened = std::make_unique<Library>();
+    std::istringstream paths(named);
+    for (std::string path; std::getline(paths, path, ':');) {
+      if (Result added = Add(opened.get(), path); added != kSuccess) return added;
     }
-    library = opened;
+    library = opened.release();
   }
   *out = library;
   return kSuccess;
@@ -108,8 +121,12 @@ inline Result FindFunction(void** out, void* library, const char* name) {
 
 inline int OrderNamed(const std::string& name) { return name == "shuffled" ? 2 : name == "descending" ? 1 : 0; }
 
+// For tests: how often kernels were launched, and how often somebody waited for the device.
+inline long launches = 0, waits = 0;
+
 inline Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared, void** parameters,
                      void** extra) {
+  ++launches;
   if (function == nullptr) return kInvalidHandle;
   if (extra != nullptr) return Refuse(kNotSupported, "launches with a buffer of arguments are not emulated");
   if (parameters == nullptr && function->parameters > 0)
@@ -119,8 +136,6 @@ inline Result Launch(Function* function, const unsigned (&grid)[3], const unsign
                                      " bytes of dynamic shared memory, and its attribute allows " +
                                      std::to_string(function->max_dynamic));
   }
-  Library* library;
-  if (Result opened = Open(&library); opened != kSuccess) return opened;
   MoegenLaunch request{};
   request.kernel = function->name.c_str();
   for (int i = 0; i < 3; ++i) {
@@ -136,7 +151,7 @@ inline Result Launch(Function* function, const unsigned (&grid)[3], const unsign
   char message[4096];
   const void* fault = nullptr;  // which address, when the message says that one was refused
   size_t bytes;
-  if (library->launch(&request, message, sizeof message, &fault) != 0) {
+  if (function->launch(&request, message, sizeof message, &fault) != 0) {
     while (Memory().Overrun(&bytes) != 0) continue;  // said once is enough
     return Refuse(kLaunchFailed, message);
   }

@@ -1,0 +1,54 @@
+"""A CUDA device of this machine as NVIDIA's driver describes it; nothing is made on it for asking."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from typing import Any
+
+_NAME_BYTES = 256
+_L2_BYTES, _MAJOR, _MINOR = 38, 75, 76  # CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, _COMPUTE_CAPABILITY_MAJOR, _MINOR
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device as far as measurements depend on it.
+
+    Args:
+        name: `NVIDIA H200`.
+        capability: compute capability, (major, minor).
+        l2_bytes: size of the second-level cache.
+        memory_bytes: all memory.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    l2_bytes: int
+    memory_bytes: int
+
+
+def device(ordinal: int = 0) -> Device | None:
+    """One of this machine's devices; None where there is none, or no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    handle, text, memory = ctypes.c_int(0), ctypes.create_string_buffer(_NAME_BYTES), ctypes.c_size_t(0)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), ordinal):
+        return None
+    if driver.cuDeviceGetName(text, _NAME_BYTES, handle) or driver.cuDeviceTotalMem_v2(ctypes.byref(memory), handle):
+        return None
+    l2_bytes, major, minor = (_attribute(driver, which, handle) for which in (_L2_BYTES, _MAJOR, _MINOR))
+    return Device(text.value.decode(errors="replace"), (major, minor), l2_bytes, memory.value)
+
+
+def name() -> str:
+    """Of the first device; empty where there is none."""
+    found = device()
+    return found.name if found else ""
+
+
+def _attribute(driver: Any, which: int, handle: Any) -> int:
+    value = ctypes.c_int(0)
+    driver.cuDeviceGetAttribute(ctypes.byref(value), which, handle)
+    return value.value

@@ -1,0 +1,138 @@
+"""Calls of a layer on a CUDA device, each checked; run as a process of its own above the emulated driver (`test_cuda.py`).
+
+Arguments: the artifact's folder. Prints one word for each check that passed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm_ffi
+from helpers import assert_close, stored, tokens, values
+
+import moegen
+from moegen import reference
+from moegen.device import DeviceLayer
+
+DRIVER = ctypes.CDLL("libcuda.so.1")
+
+
+def launches_of(call: Any) -> tuple[int, int]:
+    """(kernels launched, waits for the device) by a call."""
+    before = DRIVER.moegen_emulated_launches(), DRIVER.moegen_emulated_waits()
+    call()
+    return DRIVER.moegen_emulated_launches() - before[0], DRIVER.moegen_emulated_waits() - before[1]
+
+
+def on_device(layer: DeviceLayer, array: np.ndarray, dtype: str) -> Any:
+    """A tensor in the device's memory, as another library would bring it."""
+    return layer.module.upload(np.ascontiguousarray(array), dtype)
+
+
+def host(layer: DeviceLayer, tensor: Any) -> np.ndarray:
+    """float64 values of a device's tensor of bfloat16."""
+    bits = np.empty(tuple(tensor.shape), np.uint16)
+    layer.module.download(tensor, bits)
+    return values(moegen.arrays.HostArray(bits, "bfloat16"))
+
+
+def main(path: str) -> None:
+    """All checks."""
+    rng = np.random.default_rng(7)
+    module = moegen.load(path)
+    config = module.config
+    weights = reference.random_weights(config, rng)
+    layer = module.bind(weights)
+    x = tokens(config, 5, rng)
+    given = stored(x, config.dtype)
+    expected, routing = reference.moe(config, weights, x)
+
+    y = layer(given)
+    assert_close(config, values(y), expected)
+    print("host")
+
+    tensor = on_device(layer, given.data, config.dtype)
+    out = layer(tensor)
+    assert isinstance(out, tvm_ffi.Tensor)
+    assert tuple(out.shape) == x.shape
+    assert (out.device.dlpack_device_type(), out.device.index) == (2, 0)
+    assert np.array_equal(host(layer, out), values(y))
+    three = layer(layer.module.view(tensor, (1, *x.shape)))
+    assert tuple(three.shape) == (1, *x.shape)
+    print("device")
+
+    target = on_device(layer, np.full(x.shape, 0xFFFF, np.uint16), config.dtype)
+    layer.forward_into(tensor, target)
+    assert np.array_equal(host(layer, target), values(y))
+    print("into")
+
+    layer(on_device(layer, given.data[:1], config.dtype))  # its workspace is there then
+    one = on_device(layer, given.data[:1], config.dtype)
+    launched, waited = launches_of(lambda: layer(one))
+    assert launched <= 4 + bool(config.shared_intermediate) + (config.hidden % 64 != 0), launched
+    assert waited == 0
+    assert launches_of(lambda: layer(tensor))[1] == 0
+    print("launches")
+
+    result, decided = layer(tensor, return_routing=True)
+    ids = np.empty((5, config.top_k), np.int32)
+    layer.module.download(decided.ids, ids)
+    assert np.array_equal(np.sort(ids), np.sort(routing.ids))
+    assert np.array_equal(decided.load, routing.load)
+    assert np.array_equal(host(layer, result), values(y))
+    print("routing")
+
+    chosen = rng.integers(config.experts, size=(20, config.top_k)).astype(np.int32)
+    factors = rng.random((20, config.top_k)).astype(np.float32)
+    some = tokens(config, 20, rng)
+    alone = layer.experts(stored(some, config.dtype), chosen, factors)
+    assert_close(config, values(alone), reference.experts(config, weights, some, chosen, factors))
+    wrong = chosen.copy()
+    wrong[3, 0], wrong[7, 1] = -1, config.experts
+    outside = layer.experts(
+        on_device(layer, stored(some, config.dtype).data, config.dtype),
+        on_device(layer, wrong, "int32"),
+        on_device(layer, factors, "float32"),
+    )
+    got = host(layer, outside)
+    assert np.isnan(got[[3, 7]]).all()
+    others = [t for t in range(20) if t not in (3, 7)]
+    assert np.array_equal(got[others], values(alone)[others])
+    print("experts")
+
+    ones = np.ones(x.shape, np.float32)
+    assert np.array_equal(values(layer(given, jitter=ones)), values(y))
+    routed = layer.route(given, jitter=2 * ones)  # which is exact
+    logits = reference.route(config, weights, 2 * x)
+    assert np.array_equal(np.sort(routed.ids.data), np.sort(logits.ids))
+    print("jitter")
+
+    ragged = np.empty(given.data.size + 1, np.uint16)[1:].reshape(x.shape)  # of the host: at no multiple of anything
+    ragged[...] = given.data
+    assert np.array_equal(values(layer(moegen.arrays.HostArray(ragged, config.dtype))), values(y))
+    print("ragged")
+
+    for call, reason in (
+        (lambda: layer(np.zeros((2, config.hidden), np.float32)), "dtype float32"),
+        (lambda: layer(stored(np.zeros((2, config.hidden + 1)), config.dtype)), "shape"),
+        (lambda: layer(on_device(layer, np.zeros((2, config.hidden), np.float32), "float32")), "dtype float32"),
+        (lambda: layer.experts(given, chosen, factors), "shape"),
+        (lambda: layer.experts(stored(some, config.dtype), wrong, factors), "must be between 0 and"),
+        (lambda: layer.workspace_bytes(-1), "tokens=-1"),
+        (lambda: moegen.load(path, device=3), "device 3"),
+    ):
+        with pytest.raises(moegen.MoegenError, match=reason):
+            call()
+    print("errors")
+
+    empty = layer(stored(np.zeros((0, config.hidden)), config.dtype))
+    assert empty.shape == (0, config.hidden)
+    print("empty")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
