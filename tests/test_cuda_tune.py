@@ -23,9 +23,10 @@ from moegen import choices as cpu_choices
 from moegen import cli, records
 from moegen.bench import workload
 from moegen.compiler import load_module
-from moegen.cuda import choices, compiler, emulated_driver, hardware, nvidia, planning
+from moegen.cuda import choices, compiler, emission, emulated_driver, hardware, making, nvidia, planning
 from moegen.cuda.architectures import parse
 from moegen.cuda.planning import CudaPlan
+from moegen.cuda_geometry import CudaGeometry
 from moegen.errors import CandidateError, MeasureError, ScheduleError
 from moegen.records import Provenance
 from moegen.tune import devices, session, verdicts
@@ -259,7 +260,7 @@ def test_refusals(no_device: None, tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert "--rpc measures on processors only so far" in refused("--rpc", "host:1", "--key", "gpu")
     assert "architecture 'sm_70'" in refused("--arch", "sm_70")
     monkeypatch.setattr(hardware, "device", lambda ordinal=0: H200)
-    assert "NVIDIA H200, which is sm_90: tune with --arch sm_90" in refused("--arch", "sm_80")
+    assert "NVIDIA H200: tune with --arch sm_90 or sm_90a" in refused("--arch", "sm_80")
     assert "threads=2 is for CPUs" in refused("--threads", "2")
     monkeypatch.setattr(hardware, "device", lambda ordinal=0: dataclasses.replace(H200, memory_bytes=1 << 10))
     assert "of weights do not fit on the NVIDIA H200" in refused()
@@ -283,7 +284,7 @@ job, kernels = json.load(sys.stdin)
 
 class Module(DeviceModule):
     def __init__(self, artifact, device=0):
-        os.environ["MOEGEN_EMULATED_KERNELS"] = kernels[artifact.path.name + artifact.path.parent.name]
+        os.environ["MOEGEN_EMULATED_KERNELS"] = kernels[str(artifact.path)]
         super().__init__(artifact, device)
 
 device_worker.DeviceModule = Module
@@ -300,9 +301,9 @@ class Emulated:
     def measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
         kernels, around = {}, {}
         for path in map(pathlib.Path, job["artifacts"]):
-            source = (path / "kernels.cu").read_text(encoding="utf-8")
+            source = (path / making.KERNELS).read_text(encoding="utf-8")
             around = emulated_driver.environment(source, self.folder, arch="sm_90")
-            kernels[path.name + path.parent.name] = around["MOEGEN_EMULATED_KERNELS"]
+            kernels[str(path)] = around["MOEGEN_EMULATED_KERNELS"]
         command = [sys.executable, "-c", MEASURE]
         around["PYTHONPATH"] = str(ROOT)
         done = subprocess.run(command, input=json.dumps([job, kernels]), env=around, capture_output=True, text=True, check=False)
@@ -315,30 +316,46 @@ class Emulated:
         pass
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The folders of a default and of a candidate with other kernels and other ends; row blocks of 16 are quick to emulate."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "te_source.py").write_text(emission.te_source(CudaGeometry(CONFIG), TARGET, [16]))
+    default = planning.plan_from_source(folder / "te_source.py", "sm_90")
+    candidate = choices.chosen(default, "some", {"up_16.columns": 64, "down_16.stages": 2})
+    candidate = choices.chosen(candidate, "few", {"few_tokens": 1, "down_few.columns": 8})
+    return [str(moegen.build(plan, out=folder, verify=False).path) for plan in (default, candidate)]
+
+
 @pytest.mark.slow
-def test_measuring_on_an_emulated_device(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "shop").mkdir()
-    shop = Workshop(CONFIG, TARGET, tmp_path / "shop")
-    other = {"up_16.columns": 64, "down_16.stages": 2, "rows_up_to_16": 48}
-    built = shop.build([Candidate("few", {}), Candidate("some", other), Candidate("some", {"up_16.columns": 24})])
-    assert isinstance(built[2], CandidateError)
-    assert built[2].status == "rejected"
-    default, candidate = built[:2]
-    assert isinstance(default, pathlib.Path), default
-    assert isinstance(candidate, pathlib.Path), candidate
-    assert json.loads((candidate / "manifest.json").read_text())["knobs"]["up_16"]["columns"] == 64
+def test_measuring_on_an_emulated_device(pair: list[str], tmp_path: pathlib.Path) -> None:
     folders = [tmp_path / "uniform", tmp_path / "zipf"]
     workload.make(folders[0], CONFIG, "uniform", 0)
     workload.make_zipf_variant(folders[1], folders[0], 0)
     for folder in folders:
-        for tokens in (1, 9):
+        for tokens in (2, 9):
             workload.make_batches(folder, CONFIG, tokens, 0)
             workload.save_checks(folder, tokens, workload.study(folder, tokens)[1])
-    job = {"artifacts": [str(default), str(candidate)], "workload": [str(folder) for folder in folders], "tokens": [1, 9]}
-    result = Emulated(tmp_path / "emulated").measure(job | {"threads": 1, "rounds": 3, "min_ms": 0.1, "copies": 3})
+    job = {"artifacts": pair, "workload": [str(folder) for folder in folders], "tokens": [2, 9]}
+    place = Emulated(tmp_path / "emulated")
+    result = place.measure(job | {"threads": 1, "rounds": 3, "min_ms": 0.1, "copies": 3})
     assert result["machine"] == {"processor": "emulated sm_90"}
     points = points_of(result, CONFIG)
     assert [(point.routing, point.tokens, len(point.candidate)) for point in points] == [
-        (routing, tokens, 3) for routing in ("uniform", "zipf") for tokens in (1, 9)
+        (routing, tokens, 3) for routing in ("uniform", "zipf") for tokens in (2, 9)
     ]
     assert all(0 < error < 1e-2 for point in result["points"] for error in point["relative_l2"])
+
+    checks = workload.study(folders[1], 2)[1]
+    wrong = dataclasses.replace(checks, expected=[-each for each in checks.expected])
+    workload.save_checks(folders[1], 2, wrong)
+    result = place.measure(job | {"threads": 1, "rounds": 3, "min_ms": 0.1, "copies": 1})
+    assert [len(point["seconds"][0]) for point in result["points"]] == [3, 3, 0, 0], "nothing is timed after what is wrong"
+    with pytest.raises(CandidateError, match="the default is off by a relative L2 error of 2"):
+        points_of(result, CONFIG)
+
+
+def test_an_illegal_candidate_is_not_built(tmp_path: pathlib.Path) -> None:
+    (built,) = Workshop(CONFIG, TARGET, tmp_path).build([Candidate("some", {"up_16.columns": 24})])
+    assert isinstance(built, CandidateError)
+    assert built.status == "rejected"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import io
 import json
 import pathlib
 import subprocess
@@ -117,7 +119,10 @@ def test_verdicts() -> None:
     report = json.dumps({"artifact": "/x/moe-a", "status": "failed", "failures": ["uniform routing, T=1: off"]})
     failed = checks.verdict(outcome("proof of a", 1, report))
     assert (failed["status"], failed["why"]) == ("failed", "moe-a: uniform routing, T=1: off")
+    right = json.dumps({"artifact": "/x/moe-a", "status": "passed", "failures": [], "worst_relative_l2": 3.2e-3})
+    assert checks.verdict(outcome("proof of a", 0, right + "\n" + right))["why"] == "2 layers, relative L2 error at most 3.2e-03"
     assert checks.verdict(outcome("GPU tests", 0, "....\n12 passed in 3.2s\n"))["why"] == "12 passed in 3.2s"
+    assert checks.verdict(outcome("GPU tests", 0, "ss\n2 skipped in 3.2s\n"))["status"] == "skipped"
     broken = checks.verdict(outcome("GPU tests", 1, "F\n1 failed in 1s\n"))
     assert (broken["status"], broken["why"]) == ("failed", "exit code 1: 1 failed in 1s")
     clean = checks.verdict(outcome("memcheck", 0, "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n" + report))
@@ -153,6 +158,7 @@ for line in sys.stdin:
         if name == "crasher": os._exit(3)
     if asked["cell"]["tokens"] == 7:
         say(refused="too odd")
+        continue
     say(result={**asked["cell"], "left_out": sorted(asked["without"]), "process": os.getpid()})
 """
 
@@ -164,16 +170,18 @@ def measurer() -> Measurer:
 def test_a_process_that_hangs_or_dies_is_replaced() -> None:
     watched = measurer()
     with pytest.raises(Lost, match=r"hanger, timing: nothing for 1 s") as hung:
-        watched.measure(CELL, [], {})
+        watched.measure(CELL, [], {}, 30.0)
     with pytest.raises(Lost, match=r"crasher, timing: the process ended with exit code 3") as died:
-        watched.measure(CELL, [], {"hanger": "hung"})
+        watched.measure(CELL, [], {"hanger": "hung"}, 30.0)
     assert (hung.value.contender, died.value.contender) == ("hanger", "crasher")
     known = {"hanger": "hung", "crasher": "died"}
-    first = watched.measure(CELL, [], known)
+    first = watched.measure(CELL, [], known, 30.0)
     assert first["left_out"] == ["crasher", "hanger"]
-    assert watched.measure(CELL, [], known)["process"] == first["process"]
+    assert watched.measure(CELL, [], known, 30.0)["process"] == first["process"]
     with pytest.raises(MeasureError, match="too odd"):
-        watched.measure(Cell("olmoe", 7, "uniform"), [], known)
+        watched.measure(Cell("olmoe", 7, "uniform"), [], known, 30.0)
+    with pytest.raises(Lost, match="hanger, timing: the time is over"):
+        watched.measure(CELL, [], {"crasher": "died"}, 0.3)
     watched.close()
 
 
@@ -183,7 +191,7 @@ class Watched:
     def __init__(self, *answers: Any) -> None:
         self.answers, self.asked = list(answers), []
 
-    def measure(self, cell: Cell, artifacts: list[str], without: dict[str, str]) -> dict[str, Any]:
+    def measure(self, cell: Cell, artifacts: list[str], without: dict[str, str], seconds: float) -> dict[str, Any]:
         self.asked.append((cell, dict(without)))
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
@@ -214,6 +222,34 @@ def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert not list(run.measure(Watched(), [CELL], [artifact], Budget(1.0, Clock()), document, lambda line: None))
     assert document["left_out"][0]["what"] == "olmoe, T=16, uniform"
     assert document["left_out"][0]["why"].startswith("no time")
+
+
+def test_a_process_that_cannot_live_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = type("Made", (), {"path": pathlib.Path("/a")})()
+    monkeypatch.setattr(stock, "of_layer", lambda config, artifacts: [artifact])
+    watched, document = Watched(*[Lost("starting: exit code 1", "")] * 3), empty_document()
+    wanted = [Cell("olmoe", 16, "zipf")] * 5
+    assert not list(run.measure(watched, wanted, [artifact], Budget(1000.0, Clock()), document, lambda line: None))
+    assert [entry["why"] for entry in document["left_out"]] == ["starting: exit code 1"] * 3 + [
+        "the measuring process does not stay alive"
+    ] * 2
+
+
+def test_tuning_is_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    asked: list[jobs.Job] = []
+
+    def ended(job: jobs.Job) -> jobs.Outcome:
+        asked.append(job)
+        if job.name == "help":
+            return real(job)  # this moegen's own
+        return outcome(job.name, None, "64 candidates\n", status=jobs.TIMED_OUT)
+
+    real = jobs.run
+    monkeypatch.setattr(jobs, "run", ended)
+    said = run.tune(run.Request(tmp_path, 9.0, tmp_path, layers=("olmoe",), tune_minutes=2.0), io.StringIO())
+    assert said == {"status": jobs.TIMED_OUT, "why": "the time was over"}
+    assert asked[1].command[2:] == ("moegen", "tune", "--target", "cuda", "--preset", "olmoe", "--arch", "sm_90a")
+    assert (asked[1].seconds, asked[1].environment) == (120.0, {"MOEGEN_LOGS": str(tmp_path / "tuning")})
 
 
 # ---------------------------------------------------------------- results
@@ -287,6 +323,14 @@ def test_without_a_device_there_are_no_numbers(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "moegen.field: there is no CUDA device here, or no NVIDIA driver, and nothing is measured without one\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_emulated_device_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(run, "devices", lambda: 1)
+    monkeypatch.setenv("MOEGEN_EMULATED_ARCH", "sm_90a")
+    with pytest.raises(MeasureError, match="an emulated device, whose times mean nothing"):
+        run.run(run.Request(tmp_path / "out", 1.0, tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -414,6 +458,156 @@ def test_zipf_has_favourites() -> None:
     made = material.work(config, [batch])
     assert made["flops"] == 2.0 * 2000 * 2 * 3 * 16 * 16
     assert made["active_experts"] == 16
+
+
+class Stopwatch:
+    """A `Replay` without a device: it really calls, and takes the time that each contender says it takes."""
+
+    launches = None
+    mode = "graph"
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls, self.outputs = calls, [call() for call in calls]
+
+    def run(self) -> None:
+        for index, call in enumerate(self.calls):
+            if (made := call()) is not None:
+                self.outputs[index] = made
+
+    def poison(self) -> None:
+        for out in self.outputs:
+            out.fill_(float("nan"))
+
+    def seconds(self, repeats: int) -> float:
+        self.run()
+        return float(self.calls[0].takes)
+
+
+class Call:
+    """A contender's call that takes so long."""
+
+    def __init__(self, function: Any, takes: float) -> None:
+        self.function, self.takes = function, takes
+
+    def __call__(self) -> Any:
+        return self.function()
+
+
+class Honest:
+    """A right contender; `bend` makes it another."""
+
+    def __init__(self, weights: Any, name: str, takes: float, bend: Any = lambda y: y) -> None:
+        from moegen.field.torch_experts import Loop
+
+        self.loop, self.name, self.takes, self.bend = Loop(weights), name, takes, bend
+
+    def prepare(self, batch: Any) -> Call:
+        call = self.loop.prepare(batch)
+        return Call(lambda: self.bend(call()), self.takes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    takes: float
+
+
+class Tuned(Honest):
+    """One whose tile decides its time."""
+
+    tile = Tile(0.0)
+
+    def candidates(self, tokens: int) -> list[Tile]:
+        return [Tile(0.4), Tile(0.1), Tile(0.3)]
+
+    def prepare(self, batch: Any) -> Call:
+        self.takes = self.tile.takes
+        return super().prepare(batch)
+
+
+def raising(error: Exception) -> Any:
+    def bend(y: Any) -> Any:
+        raise error
+
+    return bend
+
+
+def test_a_cell_is_measured_and_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from moegen.cuda_geometry import CudaGeometry
+    from moegen.field import material, measure
+
+    monkeypatch.setattr(measure, "Replay", Stopwatch)
+    monkeypatch.setattr(measure, "_ROUNDS", 5)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    config = moegen.MoEConfig(experts=4, top_k=2, hidden=16, intermediate=16)
+    geometry = CudaGeometry(config)
+    weights = material.draw_weights(config, {"packed_bytes": geometry.packed_bytes, "segments": geometry.describe()}, "cpu", 1)
+    contenders = [
+        Honest(weights, "moegen", 0.2),
+        Honest(weights, "liar", 0.1, lambda y: y * 1.01),
+        Honest(weights, "raiser", 0.1, raising(ValueError("too\nodd"))),
+        Tuned(weights, "tuned", 0.0),
+    ]
+    steps: list[tuple[str, str]] = []
+    result = measure.measure(CELL, weights, contenders, {"missing": "no such package"}, "cpu", 3, lambda *step: steps.append(step))
+    rows = {row["name"]: row for row in result["contenders"]}
+    assert (rows["moegen"]["status"], rows["moegen"]["seconds"]["median"]) == ("correct", 0.2)
+    assert rows["liar"]["status"] == "wrong"
+    assert rows["liar"]["reason"].startswith("wrong: relative L2 error 1.0e-02 is above")
+    assert rows["liar"]["samples"] == []
+    assert (rows["raiser"]["status"], rows["raiser"]["reason"]) == ("failed", "ValueError: too")
+    assert (rows["missing"]["status"], rows["missing"]["reason"]) == ("absent", "no such package")
+    assert rows["tuned"]["ratio"] == {"median": 0.5, "low": 0.5, "high": 0.5}
+    assert len(rows["tuned"]["samples"]) == measure._ROUNDS
+    assert rows["tuned"]["notes"] == {"tile": {"takes": 0.1}}
+    assert {name for name, _ in steps} == {"moegen", "liar", "raiser", "tuned"}
+    assert summary.standing(result, "moegen") is rows["moegen"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_measuring_process_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Its protocol, with the device's parts put aside."""
+    torch = pytest.importorskip("torch")
+    from moegen.cuda_geometry import CudaGeometry
+    from moegen.field import material, measure, worker
+
+    config = moegen.MoEConfig(experts=4, top_k=2, hidden=16, intermediate=16)
+    geometry = CudaGeometry(config)
+
+    class Opened:
+        name = "moe-of-a-test"
+        manifest = {"packed_bytes": geometry.packed_bytes, "segments": geometry.describe()}
+
+    Opened.config = config  # type: ignore[attr-defined]
+    on_processor = {"draw_weights": material.draw_weights, "draw_batches": material.draw_batches}
+    monkeypatch.setattr(worker, "draw_weights", lambda c, m, device, seed: on_processor["draw_weights"](c, m, "cpu", seed))
+    monkeypatch.setattr(
+        measure, "draw_batches", lambda c, t, r, n, device, seed: on_processor["draw_batches"](c, t, r, n, "cpu", seed)
+    )
+    monkeypatch.setattr(measure, "Replay", Stopwatch)
+    monkeypatch.setattr(measure, "_ROUNDS", 2)
+    monkeypatch.setattr(worker, "Ceilings", lambda device: type("C", (), {"sample": lambda self: {"flops_per_s": 1.0}})())
+    monkeypatch.setattr(
+        worker, "_makers", lambda w, a, d: [("moegen", lambda: Honest(w, "moegen", 0.2)), ("gone", raising(OSError("x")))]
+    )
+    monkeypatch.setattr(worker, "open_artifact", lambda path: Opened())
+    monkeypatch.setattr(worker, "state", lambda device: {"clocks.sm": "1980 MHz"})
+    for name, made in (("set_device", None), ("mem_get_info", (100, 100)), ("empty_cache", None), ("synchronize", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, made=made: made)
+    asked = [
+        {"cell": cell.to_dict(), "artifacts": ["/a"], "without": without}
+        for cell, without in ((CELL, {}), (CELL, {"moegen": "hung"}))
+    ]
+    out = io.StringIO()
+    worker.main(io.StringIO("".join(json.dumps(one) + "\n" for one in asked)), out, 0)
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    first, second = (line["result"] for line in lines if "result" in line)
+    standings = [{row["name"]: (row["status"], row["reason"]) for row in result["contenders"]} for result in (first, second)]
+    assert standings[0]["moegen"] == ("correct", None)
+    assert standings[0]["gone"][0] == "absent"
+    assert standings[1]["moegen"] == ("absent", "hung")
+    assert first["clocks"] == [{"clocks.sm": "1980 MHz"}] * 2
+    assert all({"at", "what"} == set(line) for line in lines if "result" not in line)
 
 
 def test_spreads() -> None:

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(devices() == 0, reason="there is no CUDA device here, or no NVIDIA driver"),
 ]
 FEW_LAUNCHES = 4
-SIZES = (1, 2, 8, 40, 600)  # every kind of kernel: for a few tokens, and each height of row blocks
+SIZES = (1, 2, 8, 40, 600, 1600)  # every kind of kernel: for a few tokens, and each height of row blocks
 
 Find = Callable[[str], moegen.Artifact]
 
@@ -94,7 +94,7 @@ def assert_true(weights: Any, batch: Any, y: Any, tokens: list[int] | None = Non
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_proof_on_the_device(find: Find, name: str) -> None:
-    report = verification.verify(find(name), tokens=(0, 1, 17, 600), routings=("uniform", "skewed", "all_to_one", "ties"))
+    report = verification.verify(find(name), tokens=(0, 1, 17, 1500), routings=("uniform", "skewed", "all_to_one", "ties"))
     assert report["status"] == "passed", (report["seed"], report["failures"])
 
 
@@ -295,8 +295,8 @@ def test_sizes_beyond_32_bits(drawn: Any, find: Find, torch: Any) -> None:
     assert config.experts * 2 * config.intermediate * config.hidden > 2**31
     tokens = 2**31 // (config.top_k * config.hidden) + 1000
     find("wide")
-    if torch.cuda.mem_get_info(0)[0] < 40e9:
-        pytest.skip("needs 40 GB of free device memory")
+    if torch.cuda.mem_get_info(0)[0] < 24e9:
+        pytest.skip("needs 24 GB of free device memory")
     layer, weights = drawn("wide")
     last = torch.tensor([[config.experts - 1, *range(config.top_k - 1)]], dtype=torch.int32, device="cuda:0")
     for count in (1, 40):

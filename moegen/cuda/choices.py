@@ -118,7 +118,7 @@ def chosen(plan: CudaPlan, regime: str, wanted: Values) -> CudaPlan:
 
 
 def _stages(plan: CudaPlan, regime: str) -> list[str]:
-    """The kernels of a regime that have knobs; those of the shared expert follow them. Where Hopper has its own, these are tuned."""
+    """The kernels of a regime that have knobs, Hopper's own where it has one; those of the shared expert follow them."""
     if regime == "few":
         return ["router_few", "up_few", "down_few"] if plan.few_tokens else []
     names = [f"{product}_{rows}" for rows in _HEIGHTS[regime] for product in ("up", "down")]

@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 
 from ..errors import EmulationError
+from ..machine import processor
 from ..paths import package_folder
 from ..toolchain import cxx
 from .translation import translate
@@ -46,7 +47,7 @@ def library(source: str, folder: pathlib.Path, arch: str) -> pathlib.Path:
 
     Args:
         source: CUDA C.
-        folder: where it is put, and the objects that other sources share.
+        folder: where it is put.
         arch: what `__CUDA_ARCH__` says, for example `sm_90a`.
 
     Raises:
@@ -56,8 +57,9 @@ def library(source: str, folder: pathlib.Path, arch: str) -> pathlib.Path:
     command = cxx(_WHY)
     here, common = _templates(command)
     folder.mkdir(parents=True, exist_ok=True)
+    shared = _cache(folder)
     units = [
-        _Unit(here / f"{name}.cc", (*_FIBERS, level), folder / f"{name}-{_digest(common, *_FIBERS, level)}.o")
+        _Unit(here / f"{name}.cc", (*_FIBERS, level), shared / f"{name}-{_digest(common, *_FIBERS, level)}.o")
         for name, level in _RUNTIME.items()
     ]
     text = f'#include "emulator.h"\n{translate(source, command, arch).text}'
@@ -73,18 +75,32 @@ def library(source: str, folder: pathlib.Path, arch: str) -> pathlib.Path:
 
 
 def driver(folder: pathlib.Path) -> pathlib.Path:
-    """Makes the emulated driver, `libcuda.so.1`, unless it is there already; returns the folder inside `folder` that has it.
+    """Makes the emulated driver, `libcuda.so.1`, unless it is there already; returns the folder that has it.
+
+    Args:
+        folder: where it is put if the user has no cache folder.
 
     Raises:
         BuildError: there is no C++ compiler.
     """
     command = cxx(_WHY)
     here, common = _templates(command)
-    made = folder / f"driver-{_digest(common)}" / "libcuda.so.1"
+    made = _cache(folder) / f"driver-{_digest(common)}" / "libcuda.so.1"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
         _link([*command, *_COMMON, "-O1", "-shared", "-Wl,-soname,libcuda.so.1", str(here / "driver.cc"), "-ldl"], made)
     return made.parent
+
+
+def _cache(otherwise: pathlib.Path) -> pathlib.Path:
+    """The user's folder for what does not depend on any kernel, a megabyte that takes ten seconds to make."""
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moegen-emulator"
+    folder = base / _digest(processor())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return otherwise
+    return folder if os.access(folder, os.W_OK | os.X_OK) else otherwise
 
 
 def _templates(command: list[str]) -> tuple[pathlib.Path, str]:

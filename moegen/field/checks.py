@@ -21,6 +21,7 @@ _CHECKS = {
     "memcheck": ("--leak-check", "no"),
     "racecheck": ("--racecheck-report", "analysis"),
 }
+_TESTS = "GPU tests"
 _FOUND = 9  # the checker's exit code for errors
 _UNABLE = ("Device not supported", "Failed to initialize", "not supported on this device")
 
@@ -45,7 +46,7 @@ def tests(artifacts: pathlib.Path, seconds: float) -> list[Job]:
     if not file.is_file():
         return []
     command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(file))
-    return [Job("GPU tests", command, seconds, {ARTIFACTS_VARIABLE: str(artifacts.resolve())})]
+    return [Job(_TESTS, command, seconds, {ARTIFACTS_VARIABLE: str(artifacts.resolve())})]
 
 
 def checkers(program: str, artifact: str, seconds: float) -> list[Job]:
@@ -72,9 +73,19 @@ def verdict(outcome: Outcome) -> dict[str, Any]:
     if outcome.status == TIMED_OUT:
         return made | {"status": FAILED, "why": f"did not end within {outcome.seconds:.0f} s"}
     if outcome.passed:
-        return made | {"status": PASSED, "why": _last(said, outcome.name)}
+        why = _last(said, outcome.name)
+        ran = outcome.name != _TESTS or " passed" in why
+        return made | {
+            "status": PASSED if ran else SKIPPED,
+            "why": _proven(reports) if reports and outcome.name not in _CHECKS else why,
+        }
     failures = [f"{pathlib.Path(r['artifact']).name}: {why}" for r in reports for why in r.get("failures", ())]
     return made | {"status": FAILED, "why": "; ".join(failures[:4]) or f"exit code {outcome.code}: {_last(said, outcome.name)}"}
+
+
+def _proven(reports: Sequence[Mapping[str, Any]]) -> str:
+    worst = max(float(report["worst_relative_l2"]) for report in reports)
+    return f"{len(reports)} layer{'s' if len(reports) != 1 else ''}, relative L2 error at most {worst:.1e}"
 
 
 def _reports(output: str) -> list[dict[str, Any]]:

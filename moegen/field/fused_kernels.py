@@ -1,5 +1,7 @@
 """Triton kernels of a fused MoE baseline, as serving engines have them: choices sorted into padded blocks of one expert, a
 gathering product used twice, an activation, a sum over k. Rows of an expert are in no fixed order.
+
+What differs from batch to batch is not specialised on, so that nothing is compiled anew for another number of tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padding", "slot_count", "experts"])
 def begin_kernel(slots, counts, padding, slot_count, experts, BLOCK: tl.constexpr):
     """Fills slots with what means padding and clears the counts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -16,7 +18,7 @@ def begin_kernel(slots, counts, padding, slot_count, experts, BLOCK: tl.constexp
     tl.store(counts + at, at * 0, mask=at < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices"])
 def count_kernel(ids, counts, choices, BLOCK: tl.constexpr):
     """Rows of each expert."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -25,7 +27,7 @@ def count_kernel(ids, counts, choices, BLOCK: tl.constexpr):
     tl.atomic_add(counts + expert, at * 0 + 1, mask=there, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "blocks"])
 def place_kernel(counts, cursors, block_expert, used, experts, blocks, M: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr):
     """Where each expert's blocks of M rows begin, and which expert each block has; every program places STEP blocks."""
     e = tl.arange(0, EXPERTS)
@@ -39,7 +41,7 @@ def place_kernel(counts, cursors, block_expert, used, experts, blocks, M: tl.con
     tl.store(block_expert + block, tl.sum(before.to(tl.int32), 1), mask=block < blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices"])
 def scatter_kernel(ids, cursors, slots, choices, BLOCK: tl.constexpr):
     """Choices into the blocks of their experts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +51,7 @@ def scatter_kernel(ids, cursors, slots, choices, BLOCK: tl.constexpr):
     tl.store(slots + place, at, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "choices"])
 def product_kernel(
     a, w, bias, out, factors, ids, slots, block_expert, used,
     blocks, n, k, choices, a_stride, w_expert_stride, w_stride,

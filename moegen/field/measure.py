@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -173,7 +174,7 @@ def _standing(entrant: Entrant, ours: Entrant | None) -> dict[str, Any]:
         "name": entrant.name,
         "status": entrant.status,
         "reason": entrant.reason,
-        "relative_l2": entrant.relative_l2,
+        "relative_l2": entrant.relative_l2 if entrant.relative_l2 is not None and math.isfinite(entrant.relative_l2) else None,
         "mode": replay.mode if replay else None,
         "launches": replay.launches if replay else None,
         "notes": entrant.notes,

@@ -29,6 +29,7 @@ RESULTS, TABLE, LOG = "results.json", "table.md", "log.txt"
 DEFAULT_ARCH = "sm_90a"
 _CHECK_SHARE = 0.35  # of the whole time
 _CLOSING_SECONDS = 12.0
+_VAIN = 3
 _ATTEMPTS = 4  # at a cell, each without the contender that the one before was lost with
 
 Say = Callable[[str], None]
@@ -95,6 +96,10 @@ def run(asked: Request, say: Say = print) -> dict[str, Any]:
     """
     if not devices():
         raise MeasureError("there is no CUDA device here, or no NVIDIA driver, and nothing is measured without one")
+    if surroundings.emulated() and "cells" in asked.steps:
+        raise MeasureError(
+            "this is an emulated device, whose times mean nothing: leave the step cells out, or run this on a real one"
+        )
     budget = Budget(asked.minutes * 60 - _CLOSING_SECONDS)
     wanted = cells(asked.layers, asked.tokens, asked.routings)
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,7 @@ def measure(
     measurer: Measurer, wanted: Sequence[Cell], artifacts: Sequence[Artifact], budget: Budget, document: dict[str, Any], say: Say
 ) -> Iterator[Cell]:
     """Measures cells while there is time; yields each that is done. Contenders that a process was lost with are left out of cells
-    of the same layer and size."""
+    of the same layer and size; a process that is lost again and again without one is not started any more."""
     without: dict[tuple[str, int], dict[str, str]] = {}
     for cell in wanted:
         paths = [str(artifact.path) for artifact in stock.of_layer(preset(cell.layer), artifacts)]
@@ -177,6 +182,9 @@ def measure(
             )
             continue
         known = without.setdefault((cell.layer, cell.tokens), {})
+        if _hopeless(document["lost"]):
+            document["left_out"].append({"what": str(cell), "why": "the measuring process does not stay alive"})
+            continue
         before = budget.left
         result = _attempts(measurer, cell, paths, known, budget, document, say)
         if result is None:
@@ -187,6 +195,10 @@ def measure(
         yield cell
 
 
+def _hopeless(lost: Sequence[Mapping[str, Any]]) -> bool:
+    return len(lost) >= _VAIN and not any(loss["contender"] for loss in lost[-_VAIN:])
+
+
 def _attempts(
     measurer: Measurer, cell: Cell, paths: Sequence[str], known: dict[str, str], budget: Budget, document: dict[str, Any], say: Say
 ) -> dict[str, Any] | None:
@@ -194,7 +206,7 @@ def _attempts(
     why = ""
     for _ in range(_ATTEMPTS):
         try:
-            return measurer.measure(cell, paths, known)
+            return measurer.measure(cell, paths, known, budget.left)
         except Lost as lost:
             why = str(lost)
             say(f"{cell}: lost with {why}")

@@ -40,12 +40,17 @@ _CHECKER = "compute-sanitizer"
 def surroundings(device: int) -> dict[str, Any]:
     """Plain JSON values."""
     return {
-        "device": _asked(_DEVICE, device),
+        "device": {"name": f"an emulated {emulated()}"} if emulated() else _asked(_DEVICE, device),
         "state": state(device),
         "machine": {"system": platform.platform(), "processors": os.cpu_count(), "python": sys.version.split()[0]},
         "packages": {name: _version(name) for name in _PACKAGES},
         "programs": {name: program(name) for name in ("nvcc", _CHECKER, "ncu", "cuobjdump")},
     }
+
+
+def emulated() -> str | None:
+    """The architecture of an emulated device (`moegen.cuda.emulated_driver`); None of a real one."""
+    return os.environ.get("MOEGEN_EMULATED_ARCH")
 
 
 def state(device: int) -> dict[str, str]:

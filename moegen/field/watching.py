@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -53,16 +54,17 @@ class Measurer:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
 
-    def measure(self, cell: Cell, artifacts: Sequence[str], without: dict[str, str]) -> dict[str, Any]:
+    def measure(self, cell: Cell, artifacts: Sequence[str], without: dict[str, str], seconds: float) -> dict[str, Any]:
         """The cell's measurements.
 
         Raises:
-            Lost: the process died or hung; the next call starts another.
+            Lost: the process died, hung or took more than `seconds`; the next call starts another.
             MeasureError: it refused, with its reason.
         """
         patience = self.silent_seconds if self._process else self.starting_seconds
         process = self._process or self._start()
         contender, what = "", "starting"
+        end = time.monotonic() + seconds
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"cell": cell.to_dict(), "artifacts": list(artifacts), "without": without}) + "\n")
@@ -71,10 +73,11 @@ class Measurer:
             pass
         while True:
             try:
-                line = self._lines.get(timeout=patience)
+                line = self._lines.get(timeout=min(patience, max(0.0, end - time.monotonic())))
             except queue.Empty:
                 self.close()
-                raise Lost(f"{_step(contender, what)}: nothing for {patience:.0f} s", contender) from None
+                why = f"nothing for {patience:.0f} s" if time.monotonic() < end else "the time is over"
+                raise Lost(f"{_step(contender, what)}: {why}", contender) from None
             if line is None:
                 code = process.wait()
                 self.close()

@@ -27,7 +27,7 @@ from .own_experts import OURS, Own
 from .surroundings import state
 
 SEED = 20251122
-_ROOM = 0.35  # of the device's memory, for what contenders keep between their products
+_ROOM = 0.55  # of the device's memory, for what contenders keep between their products
 
 
 class Bench:
@@ -81,8 +81,8 @@ class Bench:
             self.report(contender, "loading")
             try:
                 contenders.append(make())
-            except (MoegenError, ImportError) as error:
-                absent[contender] = str(error)
+            except Exception as error:  # of whatever kind: it is named as absent, with the reason
+                absent[contender] = f"{type(error).__name__}: {error}"
         self.layers[name] = weights, contenders, absent
         return self.layers[name]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import MoEConfig
 from ..cuda import choices, hardware, planning
-from ..cuda.architectures import choose, parse
+from ..cuda.architectures import KNOWN, choose, parse
 from ..cuda.hardware import Device
 from ..display import size
 from ..errors import MeasureError, TargetError
@@ -86,8 +86,8 @@ def check_here(config: MoEConfig, target: Target) -> None:
     """Raises a TargetError or a MeasureError for what cannot be measured here."""
     here = _here()
     if not runs_here(target):
-        own = "sm_{}{}".format(*here.capability)
-        raise TargetError(f"{target} does not run on this machine's {here.name}, which is {own}: tune with --arch {own}")
+        able = " or ".join(one.name for one in KNOWN.values() if one.capability == here.capability)
+        raise TargetError(f"{target} does not run on this machine's {here.name}: tune with --arch {able or 'of an older device'}")
     if (needed := weight_bytes(config)) > _MEMORY_FRACTION * here.memory_bytes:
         raise MeasureError(f"{size(needed)} of weights do not fit on the {here.name}, which has {size(here.memory_bytes)}")
 
