@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
+from .architectures import parse
 from .native import driver, library
 
 
@@ -33,6 +34,7 @@ def environment(
     Raises:
         EmulationError: the source uses what is not emulated, or does not compile.
         BuildError: there is no C++ compiler.
+        TargetError: the architecture is not known.
     """
     place = pathlib.Path(folder)
     kernels = [library(each, place, arch).resolve() for each in (source, *also)]
@@ -42,6 +44,7 @@ def environment(
         "LD_LIBRARY_PATH": os.pathsep.join(paths),
         "MOEGEN_EMULATED_KERNELS": os.pathsep.join(map(str, kernels)),
         "MOEGEN_EMULATED_ARCH": arch,
+        "MOEGEN_EMULATED_SHARED_BYTES": str(parse([arch])[0].max_shared_bytes_per_block),
         "MOEGEN_EMULATED_THREADS": str(threads),
         "MOEGEN_EMULATED_ORDER": order,
         "MOEGEN_EMULATED_SEED": str(seed),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import EmulationError
+from .architectures import parse
 from .native import library
 
 ORDERS = ("ascending", "descending", "shuffled")
@@ -80,9 +81,11 @@ class Emulated:
     Raises:
         EmulationError: the source uses what is not emulated, or does not compile.
         BuildError: there is no C++ compiler.
+        TargetError: the architecture is not known.
     """
 
     def __init__(self, source: str, folder: str | os.PathLike[str], *, arch: str = "sm_90") -> None:
+        self._shared_limit = parse([arch])[0].max_shared_bytes_per_block
         self.path = library(source, pathlib.Path(folder), arch)
         self._library = ctypes.CDLL(str(self.path))
         self.kernels = {kernel.name: kernel for kernel in self._found()}
@@ -130,6 +133,9 @@ class Emulated:
             raise EmulationError(f"there is no kernel {name}, there are {', '.join(sorted(self.kernels)) or 'none'}")
         if len(args) != len(kernel.parameters):
             raise EmulationError(f"kernel {name} has {len(kernel.parameters)} parameters, {len(args)} arguments were given")
+        if kernel.static_shared_bytes + shared_bytes > self._shared_limit:
+            needed = kernel.static_shared_bytes + shared_bytes
+            raise EmulationError(f"kernel {name}: a block's shared memory in bytes is {needed}, the limit is {self._shared_limit}")
         held = [_passed(kernel, i, arg) for i, arg in enumerate(args)]
         addresses = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(value) for value in held))
         request = _Launch(name.encode(), _three(grid), _three(block), shared_bytes, threads, ORDERS.index(order), seed, addresses)

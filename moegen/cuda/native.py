@@ -15,7 +15,15 @@ from ..toolchain import cxx
 from .translation import translate
 
 # Parts of the runtime, and how much compiling each deserves.
-_RUNTIME = {"launch": "-O1", "scheduler": "-O2", "copies": "-O2", "matrix": "-O3", "bulk": "-O1", "wgmma": "-O3"}
+_RUNTIME = {
+    "launch": "-O1",
+    "faults": "-O1",
+    "scheduler": "-O2",
+    "copies": "-O2",
+    "bulk": "-O1",
+    "matrix": "-O3",
+    "wgmma": "-O3",
+}
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-march=native", "-pthread", "-w")
 # The running fiber is looked up at every turn, which has to be one load.
 _FIBERS = (*_COMMON, "-ftls-model=initial-exec")

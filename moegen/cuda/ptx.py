@@ -100,6 +100,9 @@ _RULES: tuple[tuple[str, str, bool], ...] = (
     (r"elect\.sync", "Elect", False),
     (r"(?:bar|barrier\.cta|barrier)\.sync(?:\.aligned)?", "BarSync", False),
     (r"(?:bar|barrier\.cta|barrier)\.arrive(?:\.aligned)?", "BarArrive", False),
+    (r"barrier\.cluster\.arrive(?:\.release|\.relaxed)?(?:\.aligned)?", "Nothing", False),
+    (r"barrier\.cluster\.wait(?:\.acquire)?(?:\.aligned)?", "ClusterWait", False),
+    (r"mapa\.shared::cluster\.u32", "MapRank", False),
     (r"bar\.warp\.sync", "BarWarpSync", False),
     (r"(?:membar|fence|prefetchu?|applypriority|discard|griddepcontrol)(?:\.[\w:]+)*", "Nothing", False),
     (r"createpolicy\.fractional\.L2::\w+\.b64", "CreatePolicy", False),
@@ -270,7 +273,7 @@ class _Body:
     def _value(self, text: str) -> str:
         if re.fullmatch(r"%\d+", text):
             return f"ptx_{text[1:]}"
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
+        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+(\.\d+)?)U?", text):
             return text
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
             return f"::emulator::Bits<float>(0x{text[2:]}u)"

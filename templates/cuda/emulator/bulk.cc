@@ -163,7 +163,8 @@ void IssueTensorCopy(uint32_t to, const void* map, const int32_t* coordinates, u
 }
 
 void IssueBulkCopy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) Fail("%s: %u bytes from %p are not multiples of 16", kBulkCopy, bytes, from);
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    Fail("%s: %u bytes from %p are not multiples of 16", kBulkCopy, bytes, from);
   std::memset(SharedPointer(to, bytes, 16, kBulkCopy), kPoison, bytes);
   BarrierAt(barrier, kBulkCopy);
   Event event{};

@@ -26,7 +26,8 @@ void Deliver(const Copy& copy) {
 }  // namespace
 
 void CheckAligned(const void* pointer, size_t bytes, const char* instruction) {
-  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) Fail("%s: address %p is not a multiple of %zu", instruction, pointer, bytes);
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+    Fail("%s: address %p is not a multiple of %zu", instruction, pointer, bytes);
 }
 
 void IssueCopy(uint32_t to, const void* from, uint32_t bytes, uint32_t read) {

@@ -55,8 +55,8 @@ class DeviceMemory {
     return bytes == 0 || (Find(address, &begin, &size) && bytes <= size - (address - begin));
   }
 
-  // The first allocation after whose last byte something was written, in the bytes before the inaccessible page; 0 when all is well.
-  // What was written there is forgotten.
+  // The first allocation after whose last byte something was written, in the bytes before the inaccessible page; 0 when all is
+  // well. What was written there is forgotten.
   uint64_t Overrun(size_t* bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [address, allocation] : given_) {

@@ -1,214 +1,35 @@
 // libcuda.so.1 without a device: the part of the driver's interface that compiled layers use, on top of emulated kernels.
 //
 // Machine code that is loaded is ignored; its kernels come from the libraries that $MOEGEN_EMULATED_KERNELS names meanwhile, parted by
-// colons. Every call has done its work when it returns, whatever the stream. $MOEGEN_EMULATED_ARCH (sm_90 when missing) is the device,
-// $MOEGEN_EMULATED_THREADS how many threads run blocks, $MOEGEN_EMULATED_ORDER (ascending, descending, shuffled) and
-// $MOEGEN_EMULATED_SEED in which order threads run. Structures and numbers are those of the driver's interface.
-#include <dlfcn.h>
-
+// colons. Every call has done its work when it returns, whatever the stream. Other settings, all $MOEGEN_EMULATED_...: ARCH (sm_90
+// when missing) is the device, SHARED_BYTES what its blocks may have of shared memory, THREADS how many threads run blocks, ORDER
+// (ascending, descending, shuffled) and SEED in which order a block's threads run. Structures and numbers are those of the driver's
+// interface.
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <sstream>
-#include <string>
-#include <thread>
-#include <vector>
 
-#include "device_memory.h"
-#include "launch.h"
+#include "driver_kernels.h"
 #include "tensor_map.h"
+
+using namespace emulator;
 
 namespace {
 
-enum Result : int {
-  kSuccess = 0,
-  kInvalidValue = 1,
-  kOutOfMemory = 2,
-  kInvalidDevice = 101,
-  kFileNotFound = 301,
-  kInvalidHandle = 400,
-  kNotFound = 500,
-  kLaunchFailed = 719,
-  kNotSupported = 801,
-};
-
 using Pointer = uint64_t;  // CUdeviceptr
 
-constexpr unsigned kPlainShared = 48 << 10;  // dynamic shared memory that needs no attribute
 constexpr size_t kTotalMemory = size_t{80} << 30;
 constexpr int kVersion = 13000;
 
-thread_local std::string said;  // why the last launch of this thread failed
-
-// Reports what the driver itself would not say, and returns the error.
-Result Refuse(Result result, const std::string& why) {
-  said = why;
-  std::fprintf(stderr, "emulated driver: %s\n", why.c_str());
-  return result;
-}
-
-const char* Setting(const char* name, const char* otherwise) {
-  const char* value = std::getenv(name);
-  return value != nullptr && *value != 0 ? value : otherwise;
-}
-
-int Capability() {  // 90 of sm_90a
-  return std::atoi(Setting("MOEGEN_EMULATED_ARCH", "sm_90") + 3);
-}
-
-int OptInShared() {
-  switch (Capability()) {
-    case 70: return 96 << 10;
-    case 75: return 64 << 10;
-    case 80: case 87: return 163 << 10;
-    case 86: case 89: case 120: case 121: return 99 << 10;
-    default: return 227 << 10;
-  }
-}
-
-emulator::DeviceMemory& Memory() {
-  static auto* memory = new emulator::DeviceMemory;  // outlives whatever frees memory when the process ends
-  return *memory;
-}
-
-template <class Out, class Value>
-Result Give(Out* out, Value value) {
-  *out = value;
-  return kSuccess;
-}
-
-// ---------------------------------------------------------------- kernels
-
-struct Function {
-  std::string name;
-  decltype(&moegen_emulator_launch) launch = nullptr;
-  int max_threads = 0, static_shared = 0, parameters = 0;
-  int max_dynamic = static_cast<int>(kPlainShared);
-};
-
-struct Library {
-  std::map<std::string, Function> functions;
-};
-
-// Adds the kernels of a compiled source.
-Result Add(Library* library, const std::string& path) {
-  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (handle == nullptr) return Refuse(kFileNotFound, dlerror());
-  auto next = reinterpret_cast<decltype(&moegen_emulator_kernel)>(dlsym(handle, "moegen_emulator_kernel"));
-  auto launch = reinterpret_cast<decltype(&moegen_emulator_launch)>(dlsym(handle, "moegen_emulator_launch"));
-  if (next == nullptr || launch == nullptr) return Refuse(kFileNotFound, path + " has no kernels");
-  MoegenKernel kernel;
-  for (int i = 0; next(i, &kernel) != 0; ++i) {
-    Function function{kernel.name, launch, kernel.max_threads, kernel.static_shared, kernel.parameters};
-    if (!library->functions.emplace(kernel.name, function).second) return Refuse(kInvalidValue, std::string("there are two kernels ") + kernel.name);
-  }
-  return kSuccess;
-}
-
-Result Open(Library** out) {
-  static std::mutex mutex;
-  static auto* libraries = new std::map<std::string, Library*>;  // by their paths: an image has the kernels of when it is loaded
-  std::lock_guard<std::mutex> lock(mutex);
-  const char* named = std::getenv("MOEGEN_EMULATED_KERNELS");
-  if (named == nullptr) return Refuse(kFileNotFound, "$MOEGEN_EMULATED_KERNELS names no library of kernels");
-  Library*& library = (*libraries)[named];
-  if (library == nullptr) {
-    auto opened = std::make_unique<Library>();
-    std::istringstream paths(named);
-    for (std::string path; std::getline(paths, path, ':');) {
-      if (Result added = Add(opened.get(), path); added != kSuccess) return added;
-    }
-    library = opened.release();
-  }
-  *out = library;
-  return kSuccess;
-}
-
-Result FindFunction(void** out, void* library, const char* name) {
-  auto* from = static_cast<Library*>(library);
-  if (from == nullptr) return kInvalidHandle;
-  auto found = from->functions.find(name);
-  if (found == from->functions.end()) return Refuse(kNotFound, std::string("there is no kernel ") + name);
-  *out = &found->second;
-  return kSuccess;
-}
-
-int OrderNamed(const std::string& name) { return name == "shuffled" ? 2 : name == "descending" ? 1 : 0; }
-
-// For tests: how often kernels were launched, and how often somebody waited for the device.
-long launches = 0, waits = 0;
-
-Result Launch(Function* function, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared, void** parameters, void** extra) {
-  ++launches;
-  if (function == nullptr) return kInvalidHandle;
-  if (extra != nullptr) return Refuse(kNotSupported, "launches with a buffer of arguments are not emulated");
-  if (parameters == nullptr && function->parameters > 0) return Refuse(kInvalidValue, "kernel " + function->name + " got no arguments");
-  if (shared > static_cast<unsigned>(function->max_dynamic)) {
-    return Refuse(kInvalidValue, "kernel " + function->name + " is launched with " + std::to_string(shared) +
-                                     " bytes of dynamic shared memory, and its attribute allows " + std::to_string(function->max_dynamic));
-  }
-  MoegenLaunch request{};
-  request.kernel = function->name.c_str();
-  for (int i = 0; i < 3; ++i) {
-    request.grid[i] = grid[i];
-    request.block[i] = block[i];
-  }
-  request.shared_bytes = shared;
-  int threads = std::atoi(Setting("MOEGEN_EMULATED_THREADS", "0"));
-  request.threads = threads > 0 ? static_cast<unsigned>(threads) : std::thread::hardware_concurrency();
-  request.order = OrderNamed(Setting("MOEGEN_EMULATED_ORDER", "ascending"));
-  request.seed = std::strtoull(Setting("MOEGEN_EMULATED_SEED", "0"), nullptr, 10);
-  request.arguments = parameters;
-  char message[4096];
-  const void* fault = nullptr;  // which address, when the message says that one was refused
-  size_t bytes;
-  if (function->launch(&request, message, sizeof message, &fault) != 0) {
-    while (Memory().Overrun(&bytes) != 0) continue;  // said once is enough
-    return Refuse(kLaunchFailed, message);
-  }
-  if (Memory().Overrun(&bytes) == 0) return kSuccess;
-  return Refuse(kLaunchFailed, "kernel " + function->name + " writes after the end of an allocation of " + std::to_string(bytes) + " bytes");
-}
-
-Result GetAttribute(int* out, int attribute, const Function* function) {
-  if (function == nullptr) return kInvalidHandle;
-  switch (attribute) {
-    case 0: *out = function->max_threads > 0 ? function->max_threads : 1024; return kSuccess;
-    case 1: *out = function->static_shared; return kSuccess;
-    case 2: case 3: *out = 0; return kSuccess;  // constant and local bytes
-    case 4: *out = 64; return kSuccess;         // registers
-    case 5: case 6: *out = Capability(); return kSuccess;
-    case 8: *out = function->max_dynamic; return kSuccess;
-    default: return kInvalidValue;
-  }
-}
-
-Result SetAttribute(Function* function, int attribute, int value) {
-  if (function == nullptr) return kInvalidHandle;
-  if (attribute != 8) return attribute > 8 && attribute < 16 ? kSuccess : kInvalidValue;  // hints
-  if (value < 0 || value + function->static_shared > OptInShared()) {
-    return Refuse(kInvalidValue, "kernel " + function->name + " is to have " + std::to_string(value) + " bytes of dynamic shared memory beside " +
-                                     std::to_string(function->static_shared) + ", the device has " + std::to_string(OptInShared()));
-  }
-  function->max_dynamic = value;
-  return kSuccess;
-}
-
 // ---------------------------------------------------------------- devices
 
-// Numbers of CUdevice_attribute -> what an H100 of the asked architecture says; a negative number of them is unknown.
+// Numbers of CUdevice_attribute -> what an H100 of the asked architecture says; others are 0.
 Result DeviceAttribute(int* out, int attribute) {
   static const std::map<int, int> fixed = {
-      {1, 1024},       {2, 1024},      {3, 1024},      {4, 64},         {5, 0x7fffffff}, {6, 65535},    {7, 65535},
-      {8, 48 << 10},   {9, 64 << 10},  {10, 32},       {11, 0x7fffffff}, {12, 65536},    {13, 1980000}, {14, 512},
-      {15, 1},         {16, 132},      {17, 0},        {18, 0},         {19, 1},         {20, 0},       {31, 1},
-      {32, 1},         {33, 1},        {34, 0},        {36, 2619000},   {37, 5120},      {38, 50 << 20}, {39, 2048},
-      {40, 3},         {41, 1},        {50, 0},        {78, 1},         {79, 1},         {80, 1},       {82, 65536},
-      {83, 1},         {90, 1},        {95, 1},        {106, 32},       {115, 1},
+      {1, 1024},     {2, 1024},  {3, 1024},        {4, 64},     {5, 0x7fffffff}, {6, 65535}, {7, 65535}, {8, 48 << 10},
+      {9, 64 << 10}, {10, 32},   {11, 0x7fffffff}, {12, 65536}, {13, 1980000},   {14, 512},  {15, 1},    {16, 132},
+      {17, 0},       {18, 0},    {19, 1},          {20, 0},     {31, 1},         {32, 1},    {33, 1},    {34, 0},
+      {36, 2619000}, {37, 5120}, {38, 50 << 20},   {39, 2048},  {40, 3},         {41, 1},    {50, 0},    {78, 1},
+      {79, 1},       {80, 1},    {82, 65536},      {83, 1},     {90, 1},         {95, 1},    {106, 32},  {115, 1},
   };
   int capability = Capability();
   switch (attribute) {
@@ -232,8 +53,10 @@ thread_local void* current_context = nullptr;
 
 Result Copy(void* to, const void* from, size_t bytes, bool to_device, bool from_device) {
   auto outside = [bytes](const void* at) { return !Memory().Holds(reinterpret_cast<Pointer>(at), bytes); };
-  if (to_device && outside(to)) return Refuse(kInvalidValue, "a copy writes " + std::to_string(bytes) + " bytes that are no memory of the device");
-  if (from_device && outside(from)) return Refuse(kInvalidValue, "a copy reads " + std::to_string(bytes) + " bytes that are no memory of the device");
+  if (to_device && outside(to))
+    return Refuse(kInvalidValue, "a copy writes " + std::to_string(bytes) + " bytes that are no memory of the device");
+  if (from_device && outside(from))
+    return Refuse(kInvalidValue, "a copy reads " + std::to_string(bytes) + " bytes that are no memory of the device");
   std::memmove(to, from, bytes);
   return kSuccess;
 }
@@ -242,7 +65,8 @@ void* At(Pointer address) { return reinterpret_cast<void*>(address); }
 template <class Value>
 Result Fill(Pointer to, Value value, size_t count) {
   if (!Memory().Holds(to, count * sizeof value)) {
-    return Refuse(kInvalidValue, "a fill writes " + std::to_string(count * sizeof value) + " bytes that are no memory of the device");
+    return Refuse(kInvalidValue,
+                  "a fill writes " + std::to_string(count * sizeof value) + " bytes that are no memory of the device");
   }
   auto* at = static_cast<Value*>(At(to));
   for (size_t i = 0; i < count; ++i) at[i] = value;
@@ -311,10 +135,10 @@ DRIVER cuDeviceGetName(char* name, int length, int device) {
 DRIVER cuDeviceGetAttribute(int* out, int attribute, int device) {
   return device == 0 ? DeviceAttribute(out, attribute) : kInvalidDevice;
 }
-DRIVER cuDeviceGetUuid(char* uuid, int) { 
+DRIVER cuDeviceGetUuid(char* uuid, int) {
   std::memcpy(uuid, "moegen emulated", 16);
   return kSuccess;
- }
+}
 DRIVER cuDeviceGetUuid_v2(char* uuid, int device) { return cuDeviceGetUuid(uuid, device); }
 DRIVER cuDeviceTotalMem_v2(size_t* bytes, int) { return Give(bytes, kTotalMemory); }
 DRIVER cuDeviceComputeCapability(int* major, int* minor, int) {
@@ -372,10 +196,18 @@ DRIVER cuModuleLoadDataEx(void** out, const void*, unsigned, void*, void**) { re
 DRIVER cuModuleUnload(void*) { return kSuccess; }
 DRIVER cuModuleGetFunction(void** out, void* module, const char* name) { return FindFunction(out, module, name); }
 DRIVER cuKernelGetFunction(void** out, void* kernel) { return Give(out, kernel); }
-DRIVER cuKernelGetAttribute(int* out, int attribute, void* kernel, int) { return GetAttribute(out, attribute, static_cast<Function*>(kernel)); }
-DRIVER cuKernelSetAttribute(int attribute, int value, void* kernel, int) { return SetAttribute(static_cast<Function*>(kernel), attribute, value); }
-DRIVER cuFuncGetAttribute(int* out, int attribute, void* function) { return GetAttribute(out, attribute, static_cast<Function*>(function)); }
-DRIVER cuFuncSetAttribute(void* function, int attribute, int value) { return SetAttribute(static_cast<Function*>(function), attribute, value); }
+DRIVER cuKernelGetAttribute(int* out, int attribute, void* kernel, int) {
+  return GetAttribute(out, attribute, static_cast<Function*>(kernel));
+}
+DRIVER cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
+  return SetAttribute(static_cast<Function*>(kernel), attribute, value);
+}
+DRIVER cuFuncGetAttribute(int* out, int attribute, void* function) {
+  return GetAttribute(out, attribute, static_cast<Function*>(function));
+}
+DRIVER cuFuncSetAttribute(void* function, int attribute, int value) {
+  return SetAttribute(static_cast<Function*>(function), attribute, value);
+}
 DRIVER cuFuncSetCacheConfig(void*, int) { return kSuccess; }
 
 DRIVER cuOccupancyMaxActiveBlocksPerMultiprocessor(int* out, void* function, int threads, size_t dynamic) {
@@ -385,8 +217,8 @@ DRIVER cuOccupancyMaxActiveBlocksPerMultiprocessor(int* out, void* function, int
   return Give(out, std::min({64 / warps, 32, (OptInShared() + 1024) / shared}));
 }
 
-DRIVER cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void*,
-                      void** parameters, void** extra) {
+DRIVER cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                      void*, void** parameters, void** extra) {
   return Launch(static_cast<Function*>(function), {gx, gy, gz}, {bx, by, bz}, shared, parameters, extra);
 }
 
@@ -408,7 +240,8 @@ DRIVER cuLaunchKernelEx(const Configuration* configuration, void* function, void
       return Refuse(kNotSupported, "clusters of more than one block are not emulated");
     }
   }
-  return Launch(static_cast<Function*>(function), configuration->grid, configuration->block, configuration->shared, parameters, extra);
+  return Launch(static_cast<Function*>(function), configuration->grid, configuration->block, configuration->shared, parameters,
+                extra);
 }
 
 // ---------------------------------------------------------------- memory
@@ -425,10 +258,10 @@ DRIVER cuMemFree_v2(Pointer address) {
 DRIVER cuMemFreeAsync(Pointer address, void*) { return cuMemFree_v2(address); }
 DRIVER cuMemAllocHost_v2(void** out, size_t bytes) { return (*out = std::malloc(bytes)) != nullptr ? kSuccess : kOutOfMemory; }
 DRIVER cuMemHostAlloc(void** out, size_t bytes, unsigned) { return cuMemAllocHost_v2(out, bytes); }
-DRIVER cuMemFreeHost(void* at) { 
+DRIVER cuMemFreeHost(void* at) {
   std::free(at);
   return kSuccess;
- }
+}
 DRIVER cuMemHostRegister_v2(void*, size_t, unsigned) { return kSuccess; }
 DRIVER cuMemHostUnregister(void*) { return kSuccess; }
 DRIVER cuMemGetInfo_v2(size_t* free, size_t* total) {
@@ -467,7 +300,7 @@ DRIVER cuMemsetD32Async(Pointer to, unsigned value, size_t count, void*) { retur
 DRIVER cuTensorMapEncodeTiled(void* out, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
                               const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int, int fill) {
   auto at = reinterpret_cast<uint64_t>(address);
-  std::string refusal = emulator::EncodeTensorMap({type, rank, at, dims, strides, box, steps, interleave, swizzle, fill}, out);
+  std::string refusal = EncodeTensorMap({type, rank, at, dims, strides, box, steps, interleave, swizzle, fill}, out);
   return refusal.empty() ? kSuccess : Refuse(kInvalidValue, refusal);
 }
 
@@ -475,10 +308,10 @@ DRIVER cuTensorMapEncodeTiled(void* out, int type, uint32_t rank, void* address,
 
 DRIVER cuStreamCreate(void** out, unsigned) { return Give(out, new int); }
 DRIVER cuStreamCreateWithPriority(void** out, unsigned flags, int) { return cuStreamCreate(out, flags); }
-DRIVER cuStreamDestroy_v2(void* stream) { 
+DRIVER cuStreamDestroy_v2(void* stream) {
   delete static_cast<int*>(stream);
   return kSuccess;
- }
+}
 DRIVER cuStreamSynchronize(void*) {
   ++waits;
   return kSuccess;
@@ -487,10 +320,10 @@ DRIVER cuStreamQuery(void*) { return kSuccess; }
 DRIVER cuStreamWaitEvent(void*, void*, unsigned) { return kSuccess; }
 DRIVER cuStreamIsCapturing(void*, int* status) { return Give(status, 0); }
 DRIVER cuEventCreate(void** out, unsigned) { return Give(out, new Clock::time_point); }
-DRIVER cuEventDestroy_v2(void* event) { 
+DRIVER cuEventDestroy_v2(void* event) {
   delete static_cast<Clock::time_point*>(event);
   return kSuccess;
- }
+}
 DRIVER cuEventRecord(void* event, void*) { return Give(static_cast<Clock::time_point*>(event), Clock::now()); }
 DRIVER cuEventQuery(void*) { return kSuccess; }
 DRIVER cuEventSynchronize(void*) { return kSuccess; }
@@ -518,5 +351,5 @@ DRIVER cuGetProcAddress(const char* symbol, void** out, int version, uint64_t fl
 
 // ---------------------------------------------------------------- of the emulator alone
 
-extern "C" __attribute__((visibility("default"))) long moegen_emulated_launches() { return launches; }
-extern "C" __attribute__((visibility("default"))) long moegen_emulated_waits() { return waits; }
+extern "C" MOEGEN_EXPORT long moegen_emulated_launches() { return launches; }
+extern "C" MOEGEN_EXPORT long moegen_emulated_waits() { return waits; }

@@ -1,6 +1,7 @@
 // CUDA C as C++: what comes before the source of kernels that moegen/cuda/translation.py has rewritten.
 //
-// The launch, the fibers and the instructions are compiled beside it (launch.cc, scheduler.cc, matrix.cc, wgmma.cc, copies.cc, bulk.cc).
+// The launch, the fibers and the instructions are compiled beside it (launch.cc, scheduler.cc, matrix.cc, wgmma.cc, copies.cc,
+// bulk.cc).
 #pragma once
 #include <assert.h>
 #include <stddef.h>
@@ -40,7 +41,8 @@ struct Entry<void(Parameters...), function> {
   static void Call(void* const* arguments) { Apply(arguments, std::index_sequence_for<Parameters...>{}); }
 
   explicit Entry(const char* name, int index, unsigned max_threads) {
-    static const Parameter parameters[] = {{static_cast<uint32_t>(sizeof(Parameters)), KindOf<std::remove_cv_t<Parameters>>()}..., {}};
+    static const Parameter parameters[] = {{static_cast<uint32_t>(sizeof(Parameters)), KindOf<std::remove_cv_t<Parameters>>()}...,
+                                           {}};
     Register({name, Call, parameters, sizeof...(Parameters), max_threads, 0, index});
   }
 };
@@ -65,9 +67,12 @@ struct alignas(64) CUtensorMap {
 #define gridDim (::emulator::current->place->grid)
 
 #define __syncthreads() ((void)::emulator::Synchronize(0, 0, __LINE__))
-#define __syncthreads_count(value) (static_cast<int>(::emulator::Synchronize(0, 0, __LINE__, true, ::emulator::Vote::kCount, (value) != 0)))
-#define __syncthreads_and(value) (static_cast<int>(::emulator::Synchronize(0, 0, __LINE__, true, ::emulator::Vote::kAnd, (value) != 0)))
-#define __syncthreads_or(value) (static_cast<int>(::emulator::Synchronize(0, 0, __LINE__, true, ::emulator::Vote::kOr, (value) != 0)))
+#define __syncthreads_count(value) \
+  (static_cast<int>(::emulator::Synchronize(0, 0, __LINE__, true, ::emulator::Vote::kCount, (value) != 0)))
+#define __syncthreads_and(value) \
+  (static_cast<int>(::emulator::Synchronize(0, 0, __LINE__, true, ::emulator::Vote::kAnd, (value) != 0)))
+#define __syncthreads_or(value) \
+  (static_cast<int>(::emulator::Synchronize(0, 0, __LINE__, true, ::emulator::Vote::kOr, (value) != 0)))
 
 #define __global__
 #define __device__

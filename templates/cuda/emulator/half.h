@@ -73,41 +73,41 @@ using nv_bfloat162 = __nv_bfloat162;
 
 // ---------------------------------------------------------------- functions of both types
 
-#define MOEGEN_SHORT_FUNCTIONS(S, P)                                                     \
-  inline S __hadd(S a, S b) { return a + b; }                                            \
-  inline S __hsub(S a, S b) { return a - b; }                                            \
-  inline S __hmul(S a, S b) { return a * b; }                                            \
-  inline S __hdiv(S a, S b) { return a / b; }                                            \
-  inline S __hneg(S a) { return -a; }                                                    \
-  inline S __habs(S a) { return S::FromBits(a.bits & 0x7fff); }                          \
+#define MOEGEN_SHORT_FUNCTIONS(S, P)                                                             \
+  inline S __hadd(S a, S b) { return a + b; }                                                    \
+  inline S __hsub(S a, S b) { return a - b; }                                                    \
+  inline S __hmul(S a, S b) { return a * b; }                                                    \
+  inline S __hdiv(S a, S b) { return a / b; }                                                    \
+  inline S __hneg(S a) { return -a; }                                                            \
+  inline S __habs(S a) { return S::FromBits(a.bits & 0x7fff); }                                  \
   inline S __hfma(S a, S b, S c) { return static_cast<double>(a.Wide()) * b.Wide() + c.Wide(); } \
-  inline S __hmax(S a, S b) { return fmaxf(a, b); }                                      \
-  inline S __hmin(S a, S b) { return fminf(a, b); }                                      \
-  inline bool __heq(S a, S b) { return a == b; }                                         \
-  inline bool __hne(S a, S b) { return a != b; }                                         \
-  inline bool __hlt(S a, S b) { return a < b; }                                          \
-  inline bool __hle(S a, S b) { return a <= b; }                                         \
-  inline bool __hgt(S a, S b) { return a > b; }                                          \
-  inline bool __hge(S a, S b) { return a >= b; }                                         \
-  inline bool __hisnan(S a) { return a != a; }                                           \
-  inline S hexp(S a) { return expf(a); }                                                 \
-  inline S hexp2(S a) { return exp2f(a); }                                               \
-  inline S hlog(S a) { return logf(a); }                                                 \
-  inline S hlog2(S a) { return log2f(a); }                                               \
-  inline S hsqrt(S a) { return sqrtf(a); }                                               \
-  inline S hrsqrt(S a) { return 1.0f / sqrtf(a); }                                       \
-  inline S hrcp(S a) { return 1.0f / a.Wide(); }                                         \
-  inline S hsin(S a) { return sinf(a); }                                                 \
-  inline S hcos(S a) { return cosf(a); }                                                 \
-  inline S htanh(S a) { return tanhf(a); }                                               \
-  inline S hfloor(S a) { return floorf(a); }                                             \
-  inline S hceil(S a) { return ceilf(a); }                                               \
-  inline S hrint(S a) { return rintf(a); }                                               \
-  inline P __hadd2(P a, P b) { return a + b; }                                           \
-  inline P __hsub2(P a, P b) { return a - b; }                                           \
-  inline P __hmul2(P a, P b) { return a * b; }                                           \
-  inline P __hfma2(P a, P b, P c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; } \
-  inline P __hmax2(P a, P b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }            \
+  inline S __hmax(S a, S b) { return fmaxf(a, b); }                                              \
+  inline S __hmin(S a, S b) { return fminf(a, b); }                                              \
+  inline bool __heq(S a, S b) { return a == b; }                                                 \
+  inline bool __hne(S a, S b) { return a != b; }                                                 \
+  inline bool __hlt(S a, S b) { return a < b; }                                                  \
+  inline bool __hle(S a, S b) { return a <= b; }                                                 \
+  inline bool __hgt(S a, S b) { return a > b; }                                                  \
+  inline bool __hge(S a, S b) { return a >= b; }                                                 \
+  inline bool __hisnan(S a) { return a != a; }                                                   \
+  inline S hexp(S a) { return expf(a); }                                                         \
+  inline S hexp2(S a) { return exp2f(a); }                                                       \
+  inline S hlog(S a) { return logf(a); }                                                         \
+  inline S hlog2(S a) { return log2f(a); }                                                       \
+  inline S hsqrt(S a) { return sqrtf(a); }                                                       \
+  inline S hrsqrt(S a) { return 1.0f / sqrtf(a); }                                               \
+  inline S hrcp(S a) { return 1.0f / a.Wide(); }                                                 \
+  inline S hsin(S a) { return sinf(a); }                                                         \
+  inline S hcos(S a) { return cosf(a); }                                                         \
+  inline S htanh(S a) { return tanhf(a); }                                                       \
+  inline S hfloor(S a) { return floorf(a); }                                                     \
+  inline S hceil(S a) { return ceilf(a); }                                                       \
+  inline S hrint(S a) { return rintf(a); }                                                       \
+  inline P __hadd2(P a, P b) { return a + b; }                                                   \
+  inline P __hsub2(P a, P b) { return a - b; }                                                   \
+  inline P __hmul2(P a, P b) { return a * b; }                                                   \
+  inline P __hfma2(P a, P b, P c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }     \
+  inline P __hmax2(P a, P b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }                    \
   inline P __hmin2(P a, P b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }
 
 MOEGEN_SHORT_FUNCTIONS(__half, __half2)

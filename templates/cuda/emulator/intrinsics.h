@@ -16,8 +16,8 @@ constexpr int warpSize = 32;
 
 // ---------------------------------------------------------------- mathematics
 
-#define MOEGEN_EXTREMES(type)                                    \
-  inline type max(type a, type b) { return a > b ? a : b; }      \
+#define MOEGEN_EXTREMES(type)                               \
+  inline type max(type a, type b) { return a > b ? a : b; } \
   inline type min(type a, type b) { return a < b ? a : b; }
 MOEGEN_EXTREMES(int)
 MOEGEN_EXTREMES(unsigned)
@@ -131,10 +131,10 @@ MOEGEN_LOADS(__ldcs)
 MOEGEN_LOADS(__ldlu)
 MOEGEN_LOADS(__ldcv)
 #undef MOEGEN_LOADS
-#define MOEGEN_STORES(name)           \
-  template <class T>                  \
-  inline void name(T* at, T value) {  \
-    *at = value;                      \
+#define MOEGEN_STORES(name)          \
+  template <class T>                 \
+  inline void name(T* at, T value) { \
+    *at = value;                     \
   }
 MOEGEN_STORES(__stwb)
 MOEGEN_STORES(__stcg)
@@ -164,7 +164,8 @@ inline T Atomically(T* at, Change change) {
   Raw seen = __atomic_load_n(raw, __ATOMIC_RELAXED);
   for (;;) {
     T old = Bits<T>(seen);
-    if (__atomic_compare_exchange_n(raw, &seen, Bits<Raw>(static_cast<T>(change(old))), false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+    if (__atomic_compare_exchange_n(raw, &seen, Bits<Raw>(static_cast<T>(change(old))), false, __ATOMIC_SEQ_CST,
+                                    __ATOMIC_RELAXED)) {
       return old;
     }
   }
@@ -173,14 +174,14 @@ template <class T>
 using Same = std::common_type_t<T>;  // the value's type follows the pointer's
 }  // namespace emulator
 
-#define MOEGEN_ATOMIC(name, expression)                                                  \
-  template <class T>                                                                     \
-  inline T name(T* at, emulator::Same<T> value) {                                        \
-    return emulator::Atomically(at, [value](T old) { return expression; });              \
-  }                                                                                      \
-  template <class T>                                                                     \
-  inline T name##_block(T* at, emulator::Same<T> value) {                                \
-    return name(at, value);                                                              \
+#define MOEGEN_ATOMIC(name, expression)                                     \
+  template <class T>                                                        \
+  inline T name(T* at, emulator::Same<T> value) {                           \
+    return emulator::Atomically(at, [value](T old) { return expression; }); \
+  }                                                                         \
+  template <class T>                                                        \
+  inline T name##_block(T* at, emulator::Same<T> value) {                   \
+    return name(at, value);                                                 \
   }
 MOEGEN_ATOMIC(atomicAdd, old + value)
 MOEGEN_ATOMIC(atomicSub, old - value)
@@ -296,7 +297,9 @@ inline unsigned __match_any_sync(unsigned mask, T value) {
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   return emulator::Reduced(mask, value, [](unsigned a, unsigned b) { return a + b; });
 }
-inline int __reduce_add_sync(unsigned mask, int value) { return static_cast<int>(__reduce_add_sync(mask, static_cast<unsigned>(value))); }
+inline int __reduce_add_sync(unsigned mask, int value) {
+  return static_cast<int>(__reduce_add_sync(mask, static_cast<unsigned>(value)));
+}
 template <class T>
 inline T __reduce_max_sync(unsigned mask, T value) {
   return emulator::Reduced(mask, value, [](T a, T b) { return a < b ? b : a; });

@@ -1,9 +1,5 @@
-// Launches: kernels by name, workers with their stacks and shared memory, and accesses that the device would refuse.
-#include <pthread.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <unistd.h>
+// Launches: kernels by name, and their blocks one after another on every worker.
+#include "launch.h"
 
 #include <algorithm>
 #include <atomic>
@@ -13,20 +9,13 @@
 #include <numeric>
 #include <thread>
 
-#include "block.h"
-#include "launch.h"
+#include "faults.h"
 
 namespace emulator {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;  // of a fiber: its local arrays, and g++ overlays fewer of them than nvcc does
-constexpr size_t kPage = 4096;
-constexpr size_t kGuard = 16 << 20;
-constexpr size_t kArenaAlign = 1024;
 constexpr unsigned kGridLimit[] = {0x7fffffff, 0xffff, 0xffff};
 constexpr unsigned kBlockLimit[] = {1024, 1024, 64};
-
-size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
 // ---------------------------------------------------------------- what the compiled source registers when it is loaded
 
@@ -50,55 +39,12 @@ const Kernel* Find(const char* name) {
 
 // ---------------------------------------------------------------- workers
 
-// Memory with inaccessible pages on both sides, enough of them for indices that are far off.
-class Mapping {
- public:
-  explicit Mapping(size_t bytes) : bytes_(RoundUp(bytes, kPage)) {
-    void* all = mmap(nullptr, bytes_ + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (all == MAP_FAILED) return;
-    all_ = static_cast<char*>(all);
-    if (mprotect(begin(), bytes_, PROT_READ | PROT_WRITE) != 0) Unmap();
-  }
-  ~Mapping() { Unmap(); }
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-
-  explicit operator bool() const { return all_ != nullptr; }
-  char* begin() const { return all_ + kGuard; }
-  char* end() const { return begin() + bytes_; }
-  bool Guards(const void* address) const {
-    auto* at = static_cast<const char*>(address);
-    return (at >= all_ && at < begin()) || (at >= end() && at < end() + kGuard);
-  }
-
- private:
-  void Unmap() {
-    if (all_ != nullptr) munmap(all_, bytes_ + 2 * kGuard);
-    all_ = nullptr;
-  }
-  size_t bytes_;
-  char* all_ = nullptr;
-};
-
-struct Worker {
-  Worker() : stacks((kStackBytes + kPage) * kMaxThreads), arena(kSharedLimit + Known().static_bytes + 2 * kArenaAlign) {
-    if (!stacks || !arena) return;
-    for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(stacks.begin() + i * (kStackBytes + kPage), kPage, PROT_NONE);
-    block.stacks = stacks.begin();
-    block.stack_stride = kStackBytes + kPage;
-    usable = true;
-  }
-  Mapping stacks, arena;
-  Block block;
-  bool usable = false;
-};
-
 std::mutex idle_mutex;
 std::vector<Worker*> idle;  // kept for the next launch: making one maps a quarter of a gigabyte
 
 Worker* TakeWorker() {
   std::lock_guard<std::mutex> lock(idle_mutex);
-  if (idle.empty()) return new Worker;
+  if (idle.empty()) return new Worker(Known().static_bytes);
   Worker* worker = idle.back();
   idle.pop_back();
   return worker;
@@ -108,83 +54,6 @@ void GiveWorker(Worker* worker) {
   std::lock_guard<std::mutex> lock(idle_mutex);
   idle.push_back(worker);
 }
-
-// ---------------------------------------------------------------- signals
-
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-struct sigaction before[std::size(kSignals)];
-std::mutex signal_mutex;
-int signal_users = 0;
-__thread const Worker* working = nullptr;
-
-bool Writes(const void* context) {
-#if defined(__x86_64__)
-  return (static_cast<const ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2) != 0;
-#else
-  (void)context;
-  return false;
-#endif
-}
-
-std::string Refused(int signal, const siginfo_t& info, const void* context) {
-  if (signal == SIGFPE) return "an integer is divided by zero";
-  if (signal == SIGILL) return "the kernel traps";
-  if (signal == SIGSEGV && info.si_code == SI_KERNEL) return "an address is not a multiple of the vector's size, or no address at all";
-  if (working->arena.Guards(info.si_addr)) return "an access beyond the end of the block's shared memory";
-  const Block& block = working->block;
-  if (info.si_addr >= working->stacks.begin() && info.si_addr < working->stacks.end()) {
-    return "a thread needs more than " + std::to_string(kStackBytes >> 10) + " KiB of local memory";
-  }
-  char text[120];
-  std::snprintf(text, sizeof text, "%s address %p, which is in no allocation", Writes(context) ? "writes to" : "reads", info.si_addr);
-  const_cast<Block&>(block).fault = info.si_addr;
-  return text;
-}
-
-// A fault of a kernel ends its block: the handler leaves for the worker and never comes back. Other faults are not ours.
-void Handle(int signal, siginfo_t* info, void* context) {
-  if (current == nullptr) {
-    for (size_t i = 0; i < std::size(kSignals); ++i) {
-      if (kSignals[i] == signal) sigaction(signal, &before[i], nullptr);
-    }
-    return;
-  }
-  Abandon(Refused(signal, *info, context));
-}
-
-// Handles signals while a launch runs.
-class Handling {
- public:
-  Handling() {
-    std::lock_guard<std::mutex> lock(signal_mutex);
-    if (signal_users++ > 0) return;
-    struct sigaction action {};
-    action.sa_sigaction = Handle;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &before[i]);
-  }
-  ~Handling() {
-    std::lock_guard<std::mutex> lock(signal_mutex);
-    if (--signal_users > 0) return;
-    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &before[i], nullptr);
-  }
-};
-
-// A stack for the handler: the fiber's own may be what has ended.
-class SignalStack {
- public:
-  SignalStack() : memory_(64 << 10) {
-    stack_t mine{};
-    mine.ss_sp = memory_.data();
-    mine.ss_size = memory_.size();
-    sigaltstack(&mine, &before_);
-  }
-  ~SignalStack() { sigaltstack(&before_, nullptr); }
-
- private:
-  std::vector<char> memory_;
-  stack_t before_{};
-};
 
 // ---------------------------------------------------------------- one launch
 
@@ -218,7 +87,8 @@ void Arrange(Worker* worker, const Launch& launch) {
 // The slack between the end of shared memory and the inaccessible page holds poison, unless a kernel wrote there.
 bool SlackIntact(const Worker& worker) {
   const char* at = worker.block.arena + worker.block.arena_bytes;
-  return std::all_of(at, static_cast<const char*>(worker.arena.end()), [](char c) { return static_cast<unsigned char>(c) == kPoison; });
+  return std::all_of(at, static_cast<const char*>(worker.arena.end()),
+                     [](char c) { return static_cast<unsigned char>(c) == kPoison; });
 }
 
 uint64_t Scrambled(uint64_t ticket, const Launch& launch) {
@@ -236,9 +106,8 @@ void RunBlocks(Launch* launch) {
     if (!launch->failed.exchange(true)) launch->message = "no memory for the stacks of a block's threads";
     return;
   }
-  SignalStack stack;
   Arrange(worker, *launch);
-  working = worker;
+  Working working(worker);
   Block& block = worker->block;
   const dim3& grid = launch->grid;
   while (!launch->failed) {
@@ -248,12 +117,13 @@ void RunBlocks(Launch* launch) {
     block.place.block = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                          static_cast<unsigned>(index / grid.x / grid.y)};
     block.random = Random(launch->seed + index);
-    std::memset(block.arena + block.arena_bytes, kPoison, static_cast<size_t>(worker->arena.end() - block.arena) - block.arena_bytes);
+    std::memset(block.arena + block.arena_bytes, kPoison,
+                static_cast<size_t>(worker->arena.end() - block.arena) - block.arena_bytes);
     Run(&block);
     if (!block.failed && !SlackIntact(*worker)) {
       const uint3& at = block.place.block;
-      block.message = std::string("kernel ") + block.kernel->name + ", block (" + std::to_string(at.x) + ", " + std::to_string(at.y) +
-                      ", " + std::to_string(at.z) + "): a write beyond the end of the block's shared memory";
+      block.message = std::string("kernel ") + block.kernel->name + ", block (" + std::to_string(at.x) + ", " +
+                      std::to_string(at.y) + ", " + std::to_string(at.z) + "): a write beyond the end of the block's shared memory";
       block.failed = true;
     }
     if (block.failed) {
@@ -265,7 +135,6 @@ void RunBlocks(Launch* launch) {
     }
   }
   block.fault = nullptr;
-  working = nullptr;
   GiveWorker(worker);
 }
 
@@ -328,8 +197,8 @@ char* SharedPointer(uint32_t address, size_t bytes, size_t align, const char* in
   const Block& block = *current->block;
   if (address % align != 0) Fail("%s: address 0x%x of shared memory is not a multiple of %zu", instruction, address, align);
   if (address < kSharedBase || address - kSharedBase + bytes > block.arena_bytes) {
-    Fail("%s: %zu bytes at address 0x%x are not inside the block's %u bytes of shared memory, which begin at 0x%x", instruction, bytes,
-         address, block.arena_bytes, kSharedBase);
+    Fail("%s: %zu bytes at address 0x%x are not inside the block's %u bytes of shared memory, which begin at 0x%x", instruction,
+         bytes, address, block.arena_bytes, kSharedBase);
   }
   return block.arena + (address - kSharedBase);
 }

@@ -28,8 +28,9 @@ MOEGEN_EXPORT int moegen_emulator_kernel(int index, MoegenKernel* out);
 MOEGEN_EXPORT int moegen_emulator_parameter(const char* kernel, int index, char* kind);
 
 // Makes the 128 bytes of a tensor map, with the arguments of cuTensorMapEncodeTiled. 0, or 1 with a message.
-MOEGEN_EXPORT int moegen_emulator_tensor_map(void* out, int type, unsigned rank, uint64_t address, const uint64_t* dims, const uint64_t* strides,
-                                             const uint32_t* box, int swizzle, char* message, unsigned bytes);
+MOEGEN_EXPORT int moegen_emulator_tensor_map(void* out, int type, unsigned rank, uint64_t address, const uint64_t* dims,
+                                             const uint64_t* strides, const uint32_t* box, int swizzle, char* message,
+                                             unsigned bytes);
 
 // Runs a kernel to its end. 0, or 1 with a message and, where memory was the reason, the address.
 MOEGEN_EXPORT int moegen_emulator_launch(const MoegenLaunch* request, char* message, unsigned bytes, const void** fault);

@@ -20,22 +20,30 @@ struct MatrixAccess {
   uint32_t registers[4];
 };
 
-// The halves of register `matrix` of a lane are at row lane / 4, columns 2 * (lane % 4) and one more; transposed, at column and row.
+// Register `matrix` of a lane is at row lane / 4, columns 2 * (lane % 4) and one more; transposed, at column and row.
 template <unsigned matrices, bool transposed, bool store>
 void PerformMatrix(void* const* operands, uint32_t) {
+  auto lanes = reinterpret_cast<MatrixAccess* const*>(operands);
   for (unsigned matrix = 0; matrix < matrices; ++matrix) {
     char* rows[8];
     for (unsigned row = 0; row < 8; ++row) {
-      uint32_t address = static_cast<MatrixAccess*>(operands[matrix * 8 + row])->address;
-      rows[row] = SharedPointer(address, 16, 16, store ? "stmatrix" : "ldmatrix");
+      rows[row] = SharedPointer(lanes[matrix * 8 + row]->address, 16, 16, store ? "stmatrix" : "ldmatrix");
     }
     for (unsigned lane = 0; lane < kWarp; ++lane) {
-      uint32_t* mine = &static_cast<MatrixAccess*>(operands[lane])->registers[matrix];
-      for (unsigned half = 0; half < 2; ++half) {
-        unsigned row = lane / 4, column = lane % 4 * 2 + half;
-        char* at = transposed ? rows[column] + 2 * row : rows[row] + 2 * column;
-        char* part = reinterpret_cast<char*>(mine) + 2 * half;
-        std::memcpy(store ? at : part, store ? part : at, 2);
+      uint32_t& mine = lanes[lane]->registers[matrix];
+      const unsigned row = lane / 4, column = lane % 4 * 2;
+      if constexpr (!transposed && store) {
+        std::memcpy(rows[row] + 2 * column, &mine, 4);
+      } else if constexpr (!transposed) {
+        std::memcpy(&mine, rows[row] + 2 * column, 4);
+      } else if constexpr (store) {
+        std::memcpy(rows[column] + 2 * row, &mine, 2);
+        std::memcpy(rows[column + 1] + 2 * row, reinterpret_cast<const char*>(&mine) + 2, 2);
+      } else {
+        uint16_t low, high;
+        std::memcpy(&low, rows[column] + 2 * row, 2);
+        std::memcpy(&high, rows[column + 1] + 2 * row, 2);
+        mine = static_cast<uint32_t>(high) << 16 | low;
       }
     }
   }
@@ -78,7 +86,7 @@ void Unpack(const Fragments& lane, unsigned group, unsigned thread, float a[kRow
       if constexpr (element == Element::kBFloat) Widen<BFloat>(bits, to + 2 * thread, 1);
     }
     uint32_t bits = lane.b[upper];
-    float(*to)[kColumns] = &b[upper * kHalfDepth];
+    float (*to)[kColumns] = &b[upper * kHalfDepth];
     if constexpr (element == Element::kTensorFloat) to[thread][group] = TensorFloat(bits);
     if constexpr (element == Element::kHalf) Widen<Half>(bits, &to[2 * thread][group], kColumns);
     if constexpr (element == Element::kBFloat) Widen<BFloat>(bits, &to[2 * thread][group], kColumns);

@@ -69,11 +69,11 @@ inline void Put(To& to, From from) {
 
 // ---------------------------------------------------------------- arithmetic
 
-#define MOEGEN_BINARY(name, expression)                                \
-  template <class T, class D, class A, class B>                        \
-  inline void name(D& d, A first, B second) {                          \
-    T a = As<T>(first), b = As<T>(second);                             \
-    Put(d, static_cast<T>(expression));                                \
+#define MOEGEN_BINARY(name, expression)         \
+  template <class T, class D, class A, class B> \
+  inline void name(D& d, A first, B second) {   \
+    T a = As<T>(first), b = As<T>(second);      \
+    Put(d, static_cast<T>(expression));         \
   }
 MOEGEN_BINARY(Add, a + b)
 MOEGEN_BINARY(Sub, a - b)
@@ -120,10 +120,10 @@ template <class T, class D, class A, class B, class P>
 inline void Selp(D& d, A a, B b, P p) {
   Put(d, p ? As<T>(a) : As<T>(b));
 }
-#define MOEGEN_COMPARE(name, op)                          \
-  template <class T, class P, class A, class B>           \
-  inline void Setp##name(P& p, A a, B b) {                \
-    Put(p, As<T>(a) op As<T>(b));                         \
+#define MOEGEN_COMPARE(name, op)                \
+  template <class T, class P, class A, class B> \
+  inline void Setp##name(P& p, A a, B b) {      \
+    Put(p, As<T>(a) op As<T>(b));               \
   }
 MOEGEN_COMPARE(Eq, ==)
 MOEGEN_COMPARE(Ne, !=)
@@ -289,12 +289,12 @@ inline void Mma(D& d0, D& d1, D& d2, D& d3, A a0, A a1, B b0, C c0, C c1, C c2, 
 // wgmma.mma_async: the warpgroup's 64 x N tile of float32; its registers change when wgmma.wait_group says so.
 struct Wgmma {
   Element element;
-  float* const* d;          // N / 2 registers of this thread
-  unsigned columns;         // N
-  const uint32_t* a;        // four registers of this thread, or null
+  float* const* d;    // N / 2 registers of this thread
+  unsigned columns;   // N
+  const uint32_t* a;  // four registers of this thread, or null
   uint64_t a_descriptor, b_descriptor;
-  bool accumulate;          // false: what d held is forgotten
-  int scale_a, scale_b;     // 1 or -1
+  bool accumulate;       // false: what d held is forgotten
+  int scale_a, scale_b;  // 1 or -1
   bool a_transposed, b_transposed;
 };
 void IssueWgmma(const Wgmma& wgmma);
@@ -303,11 +303,14 @@ void WgmmaCommitGroup();
 void WgmmaWaitGroup(unsigned left);
 
 template <Element element, unsigned registers, class A, class B, class P>
-inline void WgmmaShared(float* const (&d)[registers], A a, B b, P accumulate, int scale_a, int scale_b, int a_trans = 0, int b_trans = 0) {
-  IssueWgmma({element, d, registers * 2, nullptr, As<uint64_t>(a), As<uint64_t>(b), accumulate != 0, scale_a, scale_b, a_trans != 0, b_trans != 0});
+inline void WgmmaShared(float* const (&d)[registers], A a, B b, P accumulate, int scale_a, int scale_b, int a_trans = 0,
+                        int b_trans = 0) {
+  IssueWgmma({element, d, registers * 2, nullptr, As<uint64_t>(a), As<uint64_t>(b), accumulate != 0, scale_a, scale_b, a_trans != 0,
+              b_trans != 0});
 }
 template <Element element, unsigned registers, class B, class P>
-inline void WgmmaRegisters(float* const (&d)[registers], const uint32_t (&a)[4], B b, P accumulate, int scale_a, int scale_b, int b_trans = 0) {
+inline void WgmmaRegisters(float* const (&d)[registers], const uint32_t (&a)[4], B b, P accumulate, int scale_a, int scale_b,
+                           int b_trans = 0) {
   IssueWgmma({element, d, registers * 2, a, 0, As<uint64_t>(b), accumulate != 0, scale_a, scale_b, false, b_trans != 0});
 }
 
@@ -373,7 +376,8 @@ inline void Elect(D& leader, P& mine, uint32_t mask) {
   Put(mine, current->lane == first);
 }
 inline void SetMaxRegisters(uint32_t count) {
-  if (count % 8 != 0 || count < 24 || count > 256) Fail("setmaxnreg: %u registers, it has to be a multiple of 8 from 24 to 256", count);
+  if (count % 8 != 0 || count < 24 || count > 256)
+    Fail("setmaxnreg: %u registers, it has to be a multiple of 8 from 24 to 256", count);
 }
 
 // ---------------------------------------------------------------- barriers
@@ -390,6 +394,13 @@ template <class I, class N>
 inline void BarArrive(I id, N threads) {
   Synchronize(static_cast<unsigned>(id), static_cast<unsigned>(threads), 0, false);
 }
+// A cluster has one block: its barrier waits for the block's own threads.
+inline void ClusterWait() { Synchronize(kClusterBarrier, 0, 0); }
+template <class D, class A, class R>
+inline void MapRank(D& d, A address, R rank) {
+  if (As<uint32_t>(rank) != 0) Fail("mapa: clusters have one block here, this is for number %u", As<uint32_t>(rank));
+  Put(d, As<uint32_t>(address));
+}
 template <class M>
 inline void BarWarpSync(M mask) {
   SynchronizeWarp(static_cast<uint32_t>(mask));
@@ -400,8 +411,8 @@ template <class... Any>
 inline void Nothing(Any...) {
   asm volatile("" ::: "memory");
 }
-template <class D>
-inline void CreatePolicy(D& d) {
+template <class D, class... Fraction>
+inline void CreatePolicy(D& d, Fraction...) {
   Put(d, uint64_t{0});
 }
 template <class T>

@@ -16,9 +16,10 @@ namespace emulator {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kGroup = 128;  // threads of a warpgroup
 constexpr unsigned kMaxThreads = 1024;
-constexpr unsigned kBarriers = 16;
+constexpr unsigned kBarriers = 17;  // 16 with numbers and the cluster's
+constexpr unsigned kClusterBarrier = 16;
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr uint32_t kSharedBase = 1024;       // the lowest address in the shared window: the device reserves the first KiB
+constexpr uint32_t kSharedBase = 1024;        // the lowest address in the shared window: the device reserves the first KiB
 constexpr uint32_t kSharedLimit = 227 << 10;  // bytes of shared memory that a block may have
 constexpr int kPoison = 0xff;                 // NaN in every floating-point type, -1 in every integer
 
@@ -33,9 +34,9 @@ struct Copy {
 };
 
 struct Copies {
-  std::deque<Copy> issued;       // those that have not arrived
-  uint64_t first = 0;            // number of the first of them, counted from the thread's beginning
-  std::deque<uint64_t> groups;   // number after the last copy of each committed group
+  std::deque<Copy> issued;      // those that have not arrived
+  uint64_t first = 0;           // number of the first of them, counted from the thread's beginning
+  std::deque<uint64_t> groups;  // number after the last copy of each committed group
 };
 
 // What a fiber waits for, for the message when it waits for ever.
@@ -172,7 +173,7 @@ struct Kernel {
   void (*call)(void* const* arguments);
   const Parameter* parameters;
   unsigned count;
-  unsigned max_threads;  // __launch_bounds__, 0 without
+  unsigned max_threads;        // __launch_bounds__, 0 without
   unsigned static_shared = 0;  // bytes, filled in by the launch
   int index = 0;
 };

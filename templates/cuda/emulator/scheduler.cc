@@ -84,7 +84,8 @@ Fiber* Next(Block* block, unsigned warp) {
     said += (said.empty() ? "" : ", ") + std::to_string(count) + " at " + where.first;
     if (where.second != 0) said += " " + std::to_string(where.second);
   }
-  Fail("deadlock: %u of %u threads have ended and the others wait for ever: %s", block.threads - block.live, block.threads, said.c_str());
+  Fail("deadlock: %u of %u threads have ended and the others wait for ever: %s", block.threads - block.live, block.threads,
+       said.c_str());
 }
 
 // Does one thing that the device has to do beside its threads: the first or the last asked for, or any.
@@ -259,8 +260,8 @@ void Abandon(const std::string& message) {
   Block* block = me->block;
   const uint3& at = block->place.block;
   char place[200];
-  std::snprintf(place, sizeof place, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): ", block->kernel->name, at.x, at.y,
-                at.z, me->thread.x, me->thread.y, me->thread.z);
+  std::snprintf(place, sizeof place, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): ", block->kernel->name, at.x, at.y, at.z,
+                me->thread.x, me->thread.y, me->thread.z);
   block->message = place + message;
   block->failed = true;
   current = nullptr;
@@ -304,7 +305,7 @@ uint32_t Synchronize(unsigned id, unsigned threads, int place, bool wait, Vote v
   Fiber* me = current;
   Block* block = me->block;
   const char* name = place != 0 ? "__syncthreads in line" : "bar.sync";
-  if (id >= kBarriers) Fail("bar.sync %u: there are barriers 0 to 15", id);
+  if (id >= kBarriers) Fail("bar.sync %u: there are barriers 0 to %u", id, kClusterBarrier - 1);
   if (threads % kWarp != 0) Fail("bar.sync %u, %u: the count of threads is not a multiple of 32", id, threads);
   Barrier* barrier = &block->barrier[id];
   if (barrier->arrived == 0) {
@@ -337,7 +338,8 @@ void MeetGroup(const Operation& operation, void* operands) {
   Block* block = me->block;
   unsigned first = me->index / kGroup * kGroup;
   Group* group = &block->group[first / kGroup];
-  if (first + kGroup > block->threads) Fail("%s needs a warpgroup of 128 threads, the last of this block has fewer", operation.name);
+  if (first + kGroup > block->threads)
+    Fail("%s needs a warpgroup of 128 threads, the last of this block has fewer", operation.name);
   if (group->arrived > 0 && group->operation != &operation) {
     Fail("threads of one warpgroup have diverged: some are at %s, this one is at %s", group->operation->name, operation.name);
   }

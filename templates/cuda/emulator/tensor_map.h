@@ -14,10 +14,10 @@ struct TensorMap {
   uint32_t mark;
   uint8_t rank, element_bytes, swizzle, fill_with_nan;  // swizzle: log2 of its 16-byte chunks: 0, 1, 2, 3
   uint64_t address;
-  uint32_t last[5];     // largest index of each dimension, the innermost first
-  uint64_t stride[4];   // bytes between neighbours in every dimension but the innermost
+  uint32_t last[5];    // largest index of each dimension, the innermost first
+  uint64_t stride[4];  // bytes between neighbours in every dimension but the innermost
   uint16_t box[5];
-  uint8_t step[5];      // elementStrides
+  uint8_t step[5];  // elementStrides
 };
 static_assert(sizeof(TensorMap) <= 128);
 
@@ -36,7 +36,8 @@ inline std::string EncodeTensorMap(const TensorMapRequest& asked, void* out) {
   auto said = [](const std::string& what, uint64_t value, const std::string& limit) {
     return "a tensor map's " + what + " is " + std::to_string(value) + ", " + limit;
   };
-  if (asked.type < 0 || asked.type >= static_cast<int>(sizeof kBytes)) return said("data type", static_cast<uint64_t>(asked.type), "which is not emulated");
+  if (asked.type < 0 || asked.type >= static_cast<int>(sizeof kBytes))
+    return said("data type", static_cast<uint64_t>(asked.type), "which is not emulated");
   if (asked.rank < 1 || asked.rank > 5) return said("rank", asked.rank, "it has to be 1 to 5");
   if (asked.interleave != 0) return "interleaved tensor maps are not emulated";
   if (asked.swizzle < 0 || asked.swizzle > 3) return said("swizzle", static_cast<uint64_t>(asked.swizzle), "which is not emulated");
@@ -50,7 +51,8 @@ inline std::string EncodeTensorMap(const TensorMapRequest& asked, void* out) {
   map.address = asked.address;
   for (uint32_t d = 0; d < asked.rank; ++d) {
     const std::string which = " " + std::to_string(d);
-    if (asked.dims[d] < 1 || asked.dims[d] > uint64_t{1} << 32) return said("dimension" + which, asked.dims[d], "it has to be 1 to 2^32");
+    if (asked.dims[d] < 1 || asked.dims[d] > uint64_t{1} << 32)
+      return said("dimension" + which, asked.dims[d], "it has to be 1 to 2^32");
     if (asked.box[d] < 1 || asked.box[d] > 256) return said("box size" + which, asked.box[d], "it has to be 1 to 256");
     if (asked.steps[d] < 1 || asked.steps[d] > 8) return said("element stride" + which, asked.steps[d], "it has to be 1 to 8");
     if (asked.steps[d] != 1) return "element strides other than 1 are not emulated";
@@ -59,7 +61,8 @@ inline std::string EncodeTensorMap(const TensorMapRequest& asked, void* out) {
     map.step[d] = static_cast<uint8_t>(asked.steps[d]);
     if (d + 1 == asked.rank) continue;
     uint64_t stride = asked.strides[d];
-    if (stride % 16 != 0 || stride >= uint64_t{1} << 40) return said("stride" + which, stride, "it has to be a multiple of 16 below 2^40");
+    if (stride % 16 != 0 || stride >= uint64_t{1} << 40)
+      return said("stride" + which, stride, "it has to be a multiple of 16 below 2^40");
     map.stride[d] = stride;
   }
   uint64_t row = uint64_t{map.box[0]} * map.element_bytes, span = 16u << map.swizzle;

@@ -2,22 +2,14 @@
 #pragma once
 #include <cstdint>
 
-#define MOEGEN_VECTORS(base, type, half_align, align)                                                              \
-  struct base##1 {                                                                                                 \
-    type x;                                                                                                        \
-  };                                                                                                               \
-  struct alignas(half_align) base##2 {                                                                             \
-    type x, y;                                                                                                     \
-  };                                                                                                               \
-  struct base##3 {                                                                                                 \
-    type x, y, z;                                                                                                  \
-  };                                                                                                               \
-  struct alignas(align) base##4 {                                                                                  \
-    type x, y, z, w;                                                                                               \
-  };                                                                                                               \
-  inline base##1 make_##base##1(type x) { return {x}; }                                                            \
-  inline base##2 make_##base##2(type x, type y) { return {x, y}; }                                                 \
-  inline base##3 make_##base##3(type x, type y, type z) { return {x, y, z}; }                                      \
+#define MOEGEN_VECTORS(base, type, half_align, align)                         \
+  struct base##1 { type x; };                                                 \
+  struct alignas(half_align) base##2 { type x, y; };                          \
+  struct base##3 { type x, y, z; };                                           \
+  struct alignas(align) base##4 { type x, y, z, w; };                         \
+  inline base##1 make_##base##1(type x) { return {x}; }                       \
+  inline base##2 make_##base##2(type x, type y) { return {x, y}; }            \
+  inline base##3 make_##base##3(type x, type y, type z) { return {x, y, z}; } \
   inline base##4 make_##base##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 MOEGEN_VECTORS(char, signed char, 2, 4)

@@ -87,7 +87,8 @@ void MultiplyAdd(const Wgmma& wgmma, const unsigned char* a, const unsigned char
   const unsigned bytes = wgmma.element == Element::kTensorFloat ? 4 : 2, depth = kDepthBytes / bytes, columns = wgmma.columns;
   alignas(64) float right[kDepthBytes / 2][kMaxColumns];
   for (unsigned column = 0; column < columns; ++column) {
-    for (unsigned k = 0; k < depth; ++k) right[k][column] = wgmma.scale_b * Value(b + column * kDepthBytes + k * bytes, wgmma.element);
+    for (unsigned k = 0; k < depth; ++k)
+      right[k][column] = wgmma.scale_b * Value(b + column * kDepthBytes + k * bytes, wgmma.element);
   }
   for (unsigned row = 0; row < kRows; ++row) {
     float* sums = tile->sums[row];
@@ -120,8 +121,8 @@ unsigned ColumnOf(unsigned thread, unsigned i) { return i / 4 * 8 + thread % 4 *
 struct Pending {
   unsigned columns = 0;
   std::vector<float*> registers[kGroup];
-  uint64_t group[kWarps] = {};   // the group of each warp in which the last product with these registers is
-  bool visible[kWarps] = {};     // to this warp
+  uint64_t group[kWarps] = {};  // the group of each warp in which the last product with these registers is
+  bool visible[kWarps] = {};    // to this warp
   Tile tile;
 };
 
@@ -187,13 +188,15 @@ void PerformWgmma(void* const* operands, uint32_t) {
   const Wgmma& wgmma = *threads[0];
   for (unsigned thread = 1; thread < kGroup; ++thread) {
     const Wgmma& other = *threads[thread];
-    if (other.a_descriptor != wgmma.a_descriptor || other.b_descriptor != wgmma.b_descriptor || other.accumulate != wgmma.accumulate) {
+    if (other.a_descriptor != wgmma.a_descriptor || other.b_descriptor != wgmma.b_descriptor ||
+        other.accumulate != wgmma.accumulate) {
       Fail("wgmma: thread %u of the warpgroup has other descriptors than its first thread", thread);
     }
   }
   Products& products = Mine();
   const unsigned bytes = wgmma.element == Element::kTensorFloat ? 4 : 2;
-  Reading reading{wgmma, {}, {}, std::vector<unsigned char>(kRows * kDepthBytes), std::vector<unsigned char>(wgmma.columns * kDepthBytes)};
+  Reading reading{
+      wgmma, {}, {}, std::vector<unsigned char>(kRows * kDepthBytes), std::vector<unsigned char>(wgmma.columns * kDepthBytes)};
   if (wgmma.a == nullptr) {
     Gather(wgmma.a_descriptor, kRows, wgmma.a_transposed, bytes, reading.a.data());
   } else {
@@ -212,7 +215,8 @@ const Operation kWgmma{"wgmma.mma_async", PerformWgmma, true};
 
 void Publish(Pending* pending, unsigned warp) {
   for (unsigned thread = warp * kWarp; thread < (warp + 1) * kWarp; ++thread) {
-    for (unsigned i = 0; i < pending->columns / 2; ++i) *pending->registers[thread][i] = pending->tile.sums[RowOf(thread, i)][ColumnOf(thread, i)];
+    for (unsigned i = 0; i < pending->columns / 2; ++i)
+      *pending->registers[thread][i] = pending->tile.sums[RowOf(thread, i)][ColumnOf(thread, i)];
   }
   pending->visible[warp] = true;
 }
@@ -224,15 +228,17 @@ void CheckUnchanged(const Reading& reading) {
   for (bool left : {true, false}) {
     if (left && wgmma.a != nullptr) continue;
     const std::vector<unsigned char>& then = left ? reading.a : reading.b;
-    Gather(left ? wgmma.a_descriptor : wgmma.b_descriptor, left ? kRows : wgmma.columns, left ? wgmma.a_transposed : wgmma.b_transposed, bytes,
-           now.data());
+    Gather(left ? wgmma.a_descriptor : wgmma.b_descriptor, left ? kRows : wgmma.columns,
+           left ? wgmma.a_transposed : wgmma.b_transposed, bytes, now.data());
     if (std::memcmp(now.data(), then.data(), then.size()) != 0) {
       Fail("wgmma: operand %c in shared memory has been changed before wgmma.wait_group", left ? 'A' : 'B');
     }
   }
 }
 
-bool All(const bool (&flags)[kWarps]) { return std::all_of(std::begin(flags), std::end(flags), [](bool flag) { return flag; }); }
+bool All(const bool (&flags)[kWarps]) {
+  return std::all_of(std::begin(flags), std::end(flags), [](bool flag) { return flag; });
+}
 
 void Wait(unsigned left) {
   Products& products = Mine();
@@ -265,7 +271,8 @@ const Operation kFence{"wgmma.fence", [](void* const*, uint32_t) { Mine().fenced
 
 void IssueWgmma(const Wgmma& wgmma) {
   if (!Mine().fenced[WarpOfGroup()]) Fail("wgmma.mma_async without a wgmma.fence before it");
-  if (wgmma.columns % 8 != 0 || wgmma.columns > kMaxColumns) Fail("wgmma: N is %u, it has to be a multiple of 8 up to 256", wgmma.columns);
+  if (wgmma.columns % 8 != 0 || wgmma.columns > kMaxColumns)
+    Fail("wgmma: N is %u, it has to be a multiple of 8 up to 256", wgmma.columns);
   Wgmma mine = wgmma;
   MeetGroup(kWgmma, &mine);
 }
