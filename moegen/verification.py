@@ -53,6 +53,7 @@ def verify(
     threads: int | None = None,
     tokens: Sequence[int] = TOKENS,
     routings: Sequence[str] = ROUTINGS,
+    also: Sequence[tuple[str, int]] = (),
 ) -> dict[str, Any]:
     """Runs the proof.
 
@@ -61,6 +62,7 @@ def verify(
         seed: seed of weights and inputs; None draws one, which the report names.
         threads: threads of the layer.
         tokens, routings: the cases, each with each.
+        also: more cases, a routing and a number of tokens each.
 
     Returns:
         `status` "passed" or "failed", the seed, the bounds, the worst errors, the failures as sentences, and one entry per case:
@@ -76,7 +78,8 @@ def verify(
     drawn = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     start = time.perf_counter()
     proof = _Proof(module_of(made, threads), np.random.default_rng(drawn))
-    cases = [proof.case(routing, count) for routing in routings for count in tokens]
+    asked = [*((routing, count) for routing in routings for count in tokens), *also]
+    cases = [proof.case(routing, count) for routing, count in asked]
     failures = [f"{c['routing']} routing, T={c['tokens']}: {reason}" for c in cases for reason in c.pop("failed")]
     return {
         "status": "failed" if failures else "passed",

@@ -116,6 +116,15 @@ def main(path: str) -> None:
     assert np.array_equal(values(layer(moegen.arrays.HostArray(ragged, config.dtype))), values(y))
     print("ragged")
 
+    for count in (2, 20):  # without row blocks, and with
+        marked = some[:count].copy()
+        clean = values(layer(stored(marked, config.dtype)))
+        marked[1, 5] = np.nan
+        spoilt = values(layer(stored(marked, config.dtype)))
+        assert np.isnan(spoilt[1]).all()
+        assert np.array_equal(np.delete(spoilt, 1, 0), np.delete(clean, 1, 0)), "a NaN touches its own token alone"
+    print("nan")
+
     for call, reason in (
         (lambda: layer(np.zeros((2, config.hidden), np.float32)), "dtype float32"),
         (lambda: layer(stored(np.zeros((2, config.hidden + 1)), config.dtype)), "shape"),

@@ -207,7 +207,7 @@ def test_calls_on_an_emulated_device(built: moegen.Artifact, tmp_path: pathlib.P
     command = [sys.executable, str(ROOT / "tests" / "cuda_calls.py"), str(built.path)]
     done = subprocess.run(command, env=around, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    words = "host device into launches routing experts jitter ragged errors empty"
+    words = "host device into launches routing experts jitter ragged nan errors empty"
     assert done.stdout.split() == words.split()
 
 
@@ -273,6 +273,10 @@ def test_a_wrong_kernel_is_not_published(store: pathlib.Path, monkeypatch: pytes
 
 def test_large_layers_say_that_they_were_not_proven() -> None:
     assert proof.emulated_cases(moegen.MoEConfig(experts=8, top_k=2, hidden=512)) != ()
+    large = moegen.MoEConfig(experts=64, top_k=8, hidden=2048, intermediate=1024)
+    assert max(proof.emulated_cases(large)) < 17, "row blocks would have no rows"
+    assert proof.blocks_of(large, (0, 1)) == (("all_to_one", 17),)
+    assert proof.blocks_of(large, (0, 17)) == ()
     assert proof.emulated_cases(moegen.MoEConfig(experts=8, top_k=8, hidden=16384, intermediate=65536)) == ()
 
 

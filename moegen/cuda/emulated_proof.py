@@ -1,4 +1,4 @@
-"""`python -m moegen.cuda.emulated_proof`, in a process with an emulated driver: {"path", "seed", "tokens"} in, the report out."""
+"""`python -m moegen.cuda.emulated_proof`, in a process with an emulated driver: a job in, the report out, both JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..artifact import open_artifact
 def main() -> None:
     """Reads a job from standard input and writes the report to standard output, both JSON."""
     job = json.load(sys.stdin)
-    json.dump(verification.verify(open_artifact(job["path"]), job["seed"], tokens=job["tokens"]), sys.stdout)
+    report = verification.verify(open_artifact(job["path"]), job["seed"], tokens=job["tokens"], also=job["also"])
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

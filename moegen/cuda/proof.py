@@ -26,7 +26,9 @@ from . import emulated_driver, making
 from .device_count import devices
 
 EMULATED_MULTIPLY_ADDS = 1.5e9  # of a whole proof: some ten seconds
+EMULATED_BLOCKS_MULTIPLY_ADDS = 12e9  # of one more case
 TOKENS = (0, 1, 2, 17)
+BLOCK_TOKENS = 17
 MOST_PACKED_BYTES = 4 << 30
 
 
@@ -72,17 +74,31 @@ def _emulated(artifact: Artifact, seed: int | None, tokens: tuple[int, ...]) -> 
             around = emulated_driver.environment(source, pathlib.Path(folder), arch=arch, also=own)
         except EmulationError as error:
             raise BuildError(f"the kernels cannot be emulated: {error}") from error
-        return report_from(artifact, around, seed, tokens) | {"executed": f"emulated {arch}"}
+        report = report_from(artifact, around, seed, tokens, blocks_of(artifact.config, tokens))
+        return report | {"executed": f"emulated {arch}"}
 
 
-def report_from(artifact: Artifact, around: Mapping[str, str], seed: int | None, tokens: Sequence[int]) -> dict[str, Any]:
+def blocks_of(config: MoEConfig, tokens: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    """A case in which row blocks have rows, for a layer too large to have one among `tokens`: all of them to the same experts."""
+    rows = 2 * 16 * config.top_k  # two blocks of the lowest height for each
+    wanted = max(tokens) < BLOCK_TOKENS and rows * config.hidden * config.intermediate * 3 < EMULATED_BLOCKS_MULTIPLY_ADDS
+    return (("all_to_one", BLOCK_TOKENS),) if wanted else ()
+
+
+def report_from(
+    artifact: Artifact,
+    around: Mapping[str, str],
+    seed: int | None,
+    tokens: Sequence[int],
+    also: Sequence[tuple[str, int]] = (),
+) -> dict[str, Any]:
     """The report of `verification.verify` in a process with this environment.
 
     Raises:
         BuildError: the process breaks off.
     """
     known = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens})
+    job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens, "also": also})
     command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
     done = subprocess.run(command, input=job, env={**around, "PYTHONPATH": known}, capture_output=True, text=True, check=False)
     if done.returncode:
