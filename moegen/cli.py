@@ -258,6 +258,7 @@ def _result(outcome: Outcome, before: Mapping[str, str]) -> dict[str, Any]:
         "already_built": before.get(made.name) == made.manifest["manifest_sha256"],
         "verified": report["status"],
         "reason": report.get("reason"),
+        "executed": report.get("executed"),
         "worst_relative_l2": report.get("worst_relative_l2"),
         "seconds": round(outcome.seconds, 2),
     }

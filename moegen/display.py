@@ -12,6 +12,7 @@ from typing import Any
 from . import artifact as artifacts
 from .artifact import Artifact
 from .config import MoEConfig
+from .cuda.device_count import devices
 from .errors import ArtifactError
 from .target import host_arch, missing_features
 
@@ -26,7 +27,8 @@ def proof(report: Mapping[str, Any]) -> str:
     status = report.get("verified") or report["status"]
     if status == "skipped":
         return f"not verified ({report['reason']})"
-    return f"verified (worst relative L2 error {report['worst_relative_l2']:.1e})"
+    where = f" {report['executed']}" if report.get("executed") else ""
+    return f"verified{where} (worst relative L2 error {report['worst_relative_l2']:.1e})"
 
 
 def summary(done: Sequence[Mapping[str, Any]], skipped: int) -> str:
@@ -70,7 +72,9 @@ def brief(config: MoEConfig) -> str:
 
 def obstacles_of(made: Artifact) -> list[str]:
     """What this machine lacks to run an artifact."""
-    return [made.target.arch] if made.target.arch != host_arch() else missing_features(made.target)
+    if made.target.arch != host_arch():
+        return [made.target.arch]
+    return ["a CUDA device"] if made.target.kind == "cuda" and not devices() else missing_features(made.target)
 
 
 def total_bytes(made: Artifact) -> int:

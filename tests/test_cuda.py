@@ -292,6 +292,9 @@ def test_command_line(built: moegen.Artifact, store: pathlib.Path) -> None:
     shown = run("inspect", built.name, *options)
     assert shown.exit_code == 0, shown.output
     assert "cuda -arch=sm_90,sm_80" in shown.output
+    if not proof.devices():
+        assert "no, missing: a CUDA device" in shown.output
+        assert "verified emulated sm_90 (worst relative L2" in shown.output
     resources = run("inspect", built.name, *options, "--resources", "--kernel", "up")
     assert resources.exit_code == 0
     assert re.search(r"^up_64_kernel +128 +\d+ +\d+ +\d+ +0 +0 +\d+$", resources.output, re.MULTILINE), resources.output
