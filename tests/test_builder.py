@@ -16,7 +16,7 @@ import pytest
 from helpers import TINY, check_against_reference, tokens
 
 import moegen
-from moegen import BuildError, ScheduleError, TargetError, VerificationError, artifact, builder, reference, toolchain
+from moegen import BuildError, ScheduleError, TargetError, VerificationError, artifact, builder, reference, sources, toolchain
 from moegen import plan as planning
 from moegen.batch import build_many
 from moegen.config import DTYPES
@@ -119,7 +119,7 @@ def test_the_key_knows_everything_else(small: Plan, monkeypatch: pytest.MonkeyPa
         patch.setattr(planning, "__version__", "0.0.0")
         keys.append(small.key)
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "package_folder", lambda name: tmp_path / name)
+        patch.setattr(sources, "package_folder", lambda name: tmp_path / name)
         (tmp_path / "templates" / "llvm").mkdir(parents=True)
         (tmp_path / "templates" / "llvm" / "pool.h").write_text("// another pool")
         (tmp_path / "schedules").mkdir()
