@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,17 +20,16 @@ from . import arrays
 from .arrays import HostArray
 from .artifact import Artifact
 from .config import MoEConfig
+from .device_arrays import CUDA, Kind, Torch, kind_of, torch_device
 from .errors import ArtifactError, InputError
 from .packing import Packer, readable
 from .routing import Routing, routing_of
 from .weights import WeightSource, resolve
 
 Array = npt.NDArray[Any]
-CUDA = 2  # DLPack's kDLCUDA
 _FUNCTIONS = (
     "forward", "route", "experts", "workspace_bytes", "pack", "empty", "view", "copy", "clear", "prepare", "device_count", "time",
 )  # fmt: skip
-_NUMPY_OF = {"int32": np.int32, "float32": np.float32, "float64": np.float64}
 
 
 class DeviceModule:
@@ -149,7 +147,7 @@ class _Rows(NamedTuple):
 
     data: Any
     shape: tuple[int, ...]
-    kind: _Kind
+    kind: Kind
 
 
 class DeviceLayer:
@@ -266,7 +264,7 @@ class DeviceLayer:
             self._functions["forward"](rows.data, jittered, out, self.packed, workspace, 0, *made)
 
     def _rows(self, x: Any, name: str, writing: bool = False) -> _Rows:
-        kind = _kind_of(x, name, self.module)
+        kind = kind_of(x, name, self.module)
         hidden = self.config.hidden
         data, shape = kind.rows(x, name, self.config.dtype, writing)
         if len(shape) not in (2, 3) or shape[-1] != hidden:
@@ -280,7 +278,7 @@ class DeviceLayer:
         """x times jitter, rounded to the layer's dtype."""
         if tuple(jitter.shape) != tuple(x.shape):
             raise InputError(f"jitter has shape {list(jitter.shape)}, x has {list(x.shape)}")
-        if _torch_device(x) is not None:
+        if torch_device(x) is not None:
             return self._rows((x.detach().float() * jitter.detach().float()).to(x.dtype), "x * jitter").data
         given, factors = arrays.as_host_array(x, "x"), arrays.as_host_array(jitter, "jitter")
         product = arrays.to_float32(given) * arrays.to_float32(factors)
@@ -317,7 +315,7 @@ class _Workspace:
 
     def __enter__(self) -> Any:
         layer, needed = self._layer, int(self._layer._functions["workspace_bytes"](int(self._rows.data.shape[0])))
-        if isinstance(self._rows.kind, _Torch):
+        if isinstance(self._rows.kind, Torch):
             return self._rows.kind.empty((needed,), "uint8")
         stream = int(tvm_ffi.core._env_get_current_stream(CUDA, layer.device))
         with layer._lock:
@@ -328,174 +326,6 @@ class _Workspace:
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-# ---------------------------------------------------------------- kinds of arrays
-
-
-class _Kind:
-    """How arrays of one origin become tensors of the device, and results arrays of that origin."""
-
-    def __init__(self, module: DeviceModule) -> None:
-        self.module = module
-
-    def rows(self, x: Any, name: str, dtype: str, writing: bool) -> tuple[Any, tuple[int, ...]]:
-        """(contiguous data on the device, shape)."""
-        raise NotImplementedError
-
-    def flat(self, data: Any, tokens: int, hidden: int) -> Any:
-        """The same data as [tokens, hidden]."""
-        raise NotImplementedError
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Uninitialised memory of the device."""
-        return self.module.empty(shape, dtype)
-
-    def result(self, made: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        """What the caller gets."""
-        raise NotImplementedError
-
-    def written(self, data: Any, out: Any, dtype: str) -> None:
-        """After `data`, the rows of `out`, were written."""
-
-    def table(self, value: Any, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-        """`value` as a table [T, K] on the device."""
-        raise NotImplementedError
-
-
-class _Torch(_Kind):
-    """torch tensors on the device."""
-
-    def rows(self, x: Any, name: str, dtype: str, writing: bool) -> tuple[Any, tuple[int, ...]]:
-        given = str(x.dtype).removeprefix("torch.")
-        if given != dtype:
-            raise InputError(f"{name} has dtype {given}, this layer takes {dtype}: convert it first")
-        if writing and not x.is_contiguous():
-            raise InputError(f"{name} must be contiguous")
-        return x.detach().contiguous(), tuple(x.shape)
-
-    def flat(self, data: Any, tokens: int, hidden: int) -> Any:
-        return data.view(tokens, hidden)
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=f"cuda:{self.module.device}")
-
-    def result(self, made: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        return made.view(shape)
-
-    def table(self, value: Any, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-        torch = sys.modules["torch"]
-        if _torch_device(value) is None:
-            raise InputError(f"{name} must be a torch tensor, as x is")
-        if tuple(value.shape) != shape:
-            raise InputError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
-        if dtype == "int32" and (value.dtype.is_floating_point or value.dtype == torch.bool):
-            raise InputError(f"{name} must be integers, not {str(value.dtype).removeprefix('torch.')}")
-        if dtype == "int32" and value.dtype == torch.int64:  # what does not fit must not come back as another expert
-            value = value.clamp(-1, 2**31 - 1)
-        return value.detach().to(device=f"cuda:{self.module.device}", dtype=getattr(torch, dtype)).contiguous()
-
-
-class _Foreign(_Kind):
-    """Other DLPack arrays on the device; results are of the library that x came from, if it has a `from_dlpack`."""
-
-    def __init__(self, module: DeviceModule, library: str) -> None:
-        super().__init__(module)
-        self.library = library
-
-    def rows(self, x: Any, name: str, dtype: str, writing: bool) -> tuple[Any, tuple[int, ...]]:
-        tensor = self._tensor(x, name)
-        if str(tensor.dtype) != dtype:
-            raise InputError(f"{name} has dtype {tensor.dtype}, this layer takes {dtype}: convert it first")
-        return tensor, tuple(int(extent) for extent in tensor.shape)
-
-    def _tensor(self, x: Any, name: str) -> Any:
-        tensor = x if isinstance(x, tvm_ffi.Tensor) else tvm_ffi.from_dlpack(x)
-        if not tensor.is_contiguous():
-            raise InputError(f"{name} must be contiguous")
-        return tensor
-
-    def flat(self, data: Any, tokens: int, hidden: int) -> Any:
-        return self.module.view(data, (tokens, hidden))
-
-    def result(self, made: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        tensor = self.module.view(made, shape)
-        convert = getattr(sys.modules.get(self.library), "from_dlpack", None)
-        return tensor if convert is None or self.library == "tvm_ffi" else convert(tensor)
-
-    def table(self, value: Any, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-        tensor = self._tensor(value, name)
-        if str(tensor.dtype) != dtype or tuple(int(extent) for extent in tensor.shape) != shape:
-            raise InputError(f"{name} must be {dtype} {list(shape)}")
-        return tensor
-
-
-class _Host(_Kind):
-    """Arrays in host memory, copied to the device and back."""
-
-    def __init__(self, module: DeviceModule, original: Any) -> None:
-        super().__init__(module)
-        self.original = original
-
-    def rows(self, x: Any, name: str, dtype: str, writing: bool) -> tuple[Any, tuple[int, ...]]:
-        given = arrays.as_host_array(x, name)
-        if given.dtype != dtype and (writing or not (dtype == "float32" and given.dtype in ("float16", "bfloat16"))):
-            raise InputError(f"{name} has dtype {given.dtype}, this layer takes {dtype}: convert it first")
-        if writing and not given.data.flags.writeable:
-            raise InputError(f"{name} is read-only")
-        return np.ascontiguousarray(arrays.to_storage(given, dtype)).reshape(given.shape), given.shape
-
-    def flat(self, data: Any, tokens: int, hidden: int) -> Any:
-        return self.module.upload(data.reshape(tokens, hidden), self.module.config.dtype)
-
-    def result(self, made: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        host = arrays.empty_aligned(shape, dtype if dtype in arrays.STORAGE else np.dtype(_NUMPY_OF[dtype]))
-        self.module.download(made, host)
-        return arrays.like_input(host, dtype, self.original)
-
-    def written(self, data: Any, out: Any, dtype: str) -> None:
-        to = arrays.as_host_array(out, "out")
-        host = arrays.empty_aligned(to.shape, dtype)
-        self.module.download(data, host)
-        to.data[...] = host
-
-    def table(self, value: Any, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-        given = arrays.as_host_array(value, name)
-        if given.shape != shape:
-            raise InputError(f"{name} has shape {list(given.shape)}, expected {list(shape)}")
-        if dtype == "float32":
-            return self.module.upload(np.ascontiguousarray(arrays.to_float32(given)), dtype)
-        if given.data.dtype.kind not in "iu" or given.dtype == "bfloat16":
-            raise InputError(f"{name} must be integers, not {given.dtype}")
-        experts = self.module.config.experts
-        outside = (given.data < 0) | (given.data >= experts)
-        if outside.any():
-            t, k = (int(i) for i in np.argwhere(outside)[0])
-            raise InputError(f"{name}[{t}, {k}]={int(given.data[t, k])} must be between 0 and {experts - 1}")
-        return self.module.upload(np.ascontiguousarray(given.data.astype(np.int32, copy=False)), dtype)
-
-
-def _kind_of(x: Any, name: str, module: DeviceModule) -> _Kind:
-    """Raises an InputError for what is on another device."""
-    place = _torch_device(x)
-    if place is not None and place.type == "cuda":
-        if place.index != module.device:
-            raise InputError(f"{name} is on device {str(place)!r}, the layer is on 'cuda:{module.device}'")
-        return _Torch(module)
-    if place is None and not isinstance(x, np.ndarray | np.generic | HostArray) and hasattr(x, "__dlpack_device__"):
-        kind, index = (int(part) for part in x.__dlpack_device__())
-        if kind == CUDA:
-            if index != module.device:
-                raise InputError(f"{name} is on device 'cuda:{index}', the layer is on 'cuda:{module.device}'")
-            return _Foreign(module, type(x).__module__.split(".")[0])
-    return _Host(module, x)
-
-
-def _torch_device(x: Any) -> Any:
-    """The device of a torch tensor; None of what is no torch tensor."""
-    torch = sys.modules.get("torch")
-    return x.device if torch is not None and isinstance(x, torch.Tensor) else None
 
 
 def _first_line(error: BaseException) -> str:

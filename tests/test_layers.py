@@ -38,6 +38,7 @@ ORDER = (
     ("packing",),
     ("artifact",),
     ("calls", "routing"),
+    ("device_arrays",),
     ("device",),
     ("runtime",),
     ("verification",),
