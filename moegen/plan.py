@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
-import pathlib
 import platform
 from collections.abc import Mapping
 from typing import Any
 
-from . import choices, compiler, emission, records, sources
+from . import choices, compiler, emission, records, sources, te_module
 from .choices import Choice
 from .config import MoEConfig, config_key
-from .errors import BuildError, ScheduleError
+from .errors import ScheduleError
 from .geometry import Geometry, Regime, Tiling
 from .machine import processor
 from .target import Target
@@ -130,28 +128,19 @@ def plan_from_source(path: str | os.PathLike[str], target: str = "llvm", mcpu: s
     Raises:
         BuildError: the file cannot be read or has no CONFIG and TILING.
     """
-    file = pathlib.Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = {
-            node.targets[0].id: ast.literal_eval(node.value)
-            for node in ast.parse(text).body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("CONFIG", "TILING")
-        }
-        config, tiling = MoEConfig.from_dict(values["CONFIG"]), Tiling(**values["TILING"])
-        wanted = {field.name: str(field.type) for field in dataclasses.fields(Tiling)}
-        if not all(type(value).__name__ == wanted[name] for name, value in values["TILING"].items()):
-            raise TypeError(f"TILING must hold {', '.join(f'{name} ({kind})' for name, kind in wanted.items())}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BuildError(f"{str(file)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise BuildError(f"{file.name} is not a valid TE module: {error or type(error).__name__}") from error
-    except (KeyError, TypeError) as error:
-        raise BuildError(f"{file.name} is not an emitted TE module: CONFIG or TILING is missing or incomplete ({error})") from error
+    text, config, tiling = te_module.read(path, _tiling)
     resolved = compiler.resolve_target(target, mcpu, arch)
     choice = choices.default(config, resolved, tiling)
     choices.check(config, resolved, choice)
     return Plan(Geometry(config, tiling), resolved, text, choice.knobs, choice.regimes, edited=True)
+
+
+def _tiling(values: Mapping[str, Any]) -> Tiling:
+    wanted = {field.name: str(field.type) for field in dataclasses.fields(Tiling)}
+    made = Tiling(**values)
+    if not all(type(value).__name__ == wanted[name] for name, value in values.items()):
+        raise TypeError(f"TILING must hold {', '.join(f'{name} ({kind})' for name, kind in wanted.items())}")
+    return made
 
 
 def own_sources() -> str:

@@ -21,7 +21,7 @@ ORDER = (
     ("hf_quantization",),
     ("hf",),
     ("config",),
-    ("target",),
+    ("target", "te_module"),
     ("machine",),
     ("toolchain",),
     ("geometry",),

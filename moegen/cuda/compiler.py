@@ -153,9 +153,9 @@ def _kernel(symbol: str, arguments: list[Any], launch: list[str], function: Any,
         Parameter(name.removesuffix("_ptr"), "*" in kind, kind.partition("*")[0].strip())
         for name, kind in zip(names, types, strict=True)
     )
-    x, y, z = (_c(extents[f"blockIdx.{axis}"]) if f"blockIdx.{axis}" in extents else "1" for axis in "xyz")
-    block = tuple(int(extents[f"threadIdx.{axis}"]) if f"threadIdx.{axis}" in extents else 1 for axis in "xyz")
-    return Kernel(symbol, parameters, (x, y, z), block, int(extents.get("tirx.use_dyn_shared_memory", 0)))  # type: ignore[arg-type]
+    gx, gy, gz = (_c(extents[f"blockIdx.{axis}"]) if f"blockIdx.{axis}" in extents else "1" for axis in "xyz")
+    bx, by, bz = (int(extents[f"threadIdx.{axis}"]) if f"threadIdx.{axis}" in extents else 1 for axis in "xyz")
+    return Kernel(symbol, parameters, (gx, gy, gz), (bx, by, bz), int(extents.get("tirx.use_dyn_shared_memory", 0)))
 
 
 def _types(source: str) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -10,11 +9,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import records, sources
+from .. import records, sources, te_module
 from ..choices import REGIMES
 from ..config import MoEConfig, config_key
 from ..cuda_geometry import CudaGeometry
@@ -143,30 +141,19 @@ def plan_from_source(
     Raises:
         BuildError: the file cannot be read or has no CONFIG and TILING.
     """
-    file = pathlib.Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = {
-            node.targets[0].id: ast.literal_eval(node.value)
-            for node in ast.parse(text).body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("CONFIG", "TILING")
-        }
-        config, rows = MoEConfig.from_dict(values["CONFIG"]), values["TILING"]["rows"]
-        if not (isinstance(rows, list) and rows and all(isinstance(r, int) and r in tiling.ROWS for r in rows)):
-            raise TypeError(f"TILING['rows'] must be a list out of {', '.join(map(str, tiling.ROWS))}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BuildError(f"{str(file)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise BuildError(f"{file.name} is not a valid TE module: {error or type(error).__name__}") from error
-    except (KeyError, TypeError) as error:
-        raise BuildError(
-            f"{file.name} is no TE module emitted for cuda: CONFIG or TILING is missing or incomplete ({error})"
-        ) from error
+    text, config, rows = te_module.read(path, _rows)
     target = resolve_target(gpus, tf32=tf32, arch=arch)
     _check(config, target)
     geometry = CudaGeometry(config)
     knobs = default_knobs(geometry, target, rows)
     return CudaPlan(geometry, target, text, knobs, default_regimes(rows), few_tokens(config), edited=True)
+
+
+def _rows(values: Mapping[str, Any]) -> list[int]:
+    rows = values["rows"]
+    if not (isinstance(rows, list) and rows and all(isinstance(r, int) and r in tiling.ROWS for r in rows)):
+        raise TypeError(f"TILING['rows'] must be a list out of {', '.join(map(str, tiling.ROWS))}")
+    return rows
 
 
 def resolve_target(gpus: str | Sequence[str] | None = None, *, tf32: bool = False, arch: str | None = None) -> Target:
