@@ -1,12 +1,14 @@
-"""Compiled layers in torch: operators that torch.compile and torch.export see through.
+"""Compiled layers in torch: a module, and operators that torch.compile and torch.export see through.
 
-bound = moegen.torch.BoundLayer(moegen.load(path).bind(weights))
-y = bound.forward(x)
-y = moegen.torch.experts(bound, x, ids, weights)
+layer = moegen.torch.MoELayer(path, weights)
+y = layer(x)
+y = layer.experts(x, ids, weights)
 """
 
 from __future__ import annotations
 
 from .bound import BoundLayer, Routing, bound, experts, forward, route
+from .layer import MoELayer
+from .trainable import TrainableMoELayer
 
-__all__ = ["BoundLayer", "Routing", "bound", "experts", "forward", "route"]
+__all__ = ["BoundLayer", "MoELayer", "Routing", "TrainableMoELayer", "bound", "experts", "forward", "route"]

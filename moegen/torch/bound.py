@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..device import DeviceLayer
 from ..errors import InputError
 from ..runtime import LOSSLESS, Layer
 from . import ops
-from .handles import number_of
+from .handles import named, number_of
+from .opening import from_packed_state, packed_state
+
+_WIDENED = {getattr(torch, dtype): tuple(getattr(torch, narrow) for narrow in narrower) for dtype, narrower in LOSSLESS.items()}
 
 
 class Routing(NamedTuple):
@@ -47,7 +51,6 @@ class BoundLayer:
         self.experts_count = layer.config.experts
         self.top_k = layer.config.top_k
         self.dtype: torch.dtype = getattr(torch, layer.config.dtype)
-        self.widened = tuple(getattr(torch, dtype) for dtype in LOSSLESS[layer.config.dtype])
         self.device = ops.place_of(layer)
 
     def forward(self, x: torch.Tensor, jitter: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,20 +64,20 @@ class BoundLayer:
         Raises:
             InputError: the wrong shape, dtype or device.
         """
-        x = self._entering(x)
-        return torch.ops.moegen.forward(x, self.number, None if jitter is None else _jittered(x, jitter))
+        x = entering(x, self.dtype)
+        return torch.ops.moegen.forward(x, self.number, None if jitter is None else jittered(x, jitter))
 
     def forward_routed(self, x: torch.Tensor, jitter: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
         """The same, and what the router decided."""
-        x = self._entering(x)
-        router_x = None if jitter is None else _jittered(x, jitter)
+        x = entering(x, self.dtype)
+        router_x = None if jitter is None else jittered(x, jitter)
         y, *made = torch.ops.moegen.forward_routed(x, self.number, self.experts_count, self.top_k, router_x)
         return y, _routing(*made)
 
     def route(self, x: torch.Tensor, jitter: torch.Tensor | None = None) -> Routing:
         """The router alone."""
-        x = self._entering(x)
-        source = x if jitter is None else _jittered(x, jitter)
+        x = entering(x, self.dtype)
+        source = x if jitter is None else jittered(x, jitter)
         return _routing(*torch.ops.moegen.route(source, self.number, self.experts_count, self.top_k))
 
     def experts(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -88,15 +91,13 @@ class BoundLayer:
         Raises:
             InputError: the wrong shape, dtype or device, or an id out of range.
         """
-        return torch.ops.moegen.experts(self._entering(x), ids, weights, self.number)
-
-    def _entering(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype is not self.dtype and (x.dtype in self.widened or _autocast(x)):
-            return x.to(self.dtype)
-        return x
+        return torch.ops.moegen.experts(entering(x, self.dtype), ids, weights, self.number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundLayer:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (packed_state(self.layer), self.name)
 
     def __repr__(self) -> str:
         return f"BoundLayer({self.layer!r}, name={self.name!r})"
@@ -126,11 +127,23 @@ def bound(layer: Layer | DeviceLayer | BoundLayer) -> BoundLayer:
     return BoundLayer(layer)
 
 
-def _autocast(x: torch.Tensor) -> bool:
-    return bool(x.dtype.is_floating_point and torch.is_autocast_enabled(x.device.type))
+def _unpickled(state: tuple[Any, ...], name: str | None) -> BoundLayer:
+    """What a pickle holds; the living layer of that name, if there is one and it is the same."""
+    layer = from_packed_state(*state)
+    living = named(layer, name) if name is not None else None
+    if living is not None and np.array_equal(packed_state(living)[-1], state[-1]):
+        layer = living
+    return BoundLayer(layer, name)
 
 
-def _jittered(x: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
+def entering(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in a layer's `dtype` where that loses nothing, or under torch.autocast; otherwise as it is."""
+    if x.dtype is dtype or not x.dtype.is_floating_point:
+        return x
+    return x.to(dtype) if x.dtype in _WIDENED[dtype] or torch.is_autocast_enabled(x.device.type) else x
+
+
+def jittered(x: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
     """x times jitter, rounded once to x's dtype."""
     if jitter.shape != x.shape:
         raise InputError(f"jitter has shape {list(jitter.shape)}, x has {list(x.shape)}")

@@ -10,23 +10,23 @@ import hashlib
 import secrets
 import threading
 import weakref
+from typing import Any
 
-from ..device import DeviceLayer
 from ..errors import InputError
-from ..runtime import Layer
 
 _BITS = 62  # positive as int64, and too many for one of another process to be met by accident
 
-_layers: dict[int, weakref.ref[Layer | DeviceLayer]] = {}
-_numbers: weakref.WeakKeyDictionary[Layer | DeviceLayer, int] = weakref.WeakKeyDictionary()
+_layers: dict[int, weakref.ref[Any]] = {}
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _names: dict[int, str] = {}
 _lock = threading.Lock()
 
 
-def number_of(layer: Layer | DeviceLayer, name: str | None = None) -> int:
+def number_of(layer: Any, name: str | None = None) -> int:
     """The number that stands for `layer`, given when first asked for.
 
     Args:
+        layer: a bound layer, or anything else that has its `config` and can be held weakly.
         name: makes the number the same in every process for layers with this name and configuration, so that an exported
             program, which has the number only, finds its layer again; without one it is drawn at random.
 
@@ -49,7 +49,7 @@ def number_of(layer: Layer | DeviceLayer, name: str | None = None) -> int:
         return number
 
 
-def layer_of(number: int) -> Layer | DeviceLayer:
+def layer_of(number: int) -> Any:
     """The layer that a number stands for.
 
     Raises:
@@ -67,13 +67,18 @@ def layer_of(number: int) -> Layer | DeviceLayer:
     )
 
 
-def _alive(number: int) -> Layer | DeviceLayer | None:
+def named(like: Any, name: str) -> Any:
+    """The living layer of `like`'s configuration with this name, or None."""
+    return _alive(_named(like, name))
+
+
+def _alive(number: int) -> Any:
     held = _layers.get(number)
     return held() if held is not None else None
 
 
-def _named(layer: Layer | DeviceLayer, name: str) -> int:
-    text = f"{name}\0{layer.config}"
+def _named(layer: Any, name: str) -> int:
+    text = f"{type(layer).__name__}\0{name}\0{layer.config}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - _BITS)
 
 

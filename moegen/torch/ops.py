@@ -55,13 +55,7 @@ def forward_routed(
     x: torch.Tensor, layer: int, experts: int, top_k: int, router_x: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole layer and what its router decided."""
-    bound = layer_of(layer)
-    rows = _rows(bound, x, "x")
-    made = _empty_routing(bound, x, experts, top_k)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel():
-        _run(bound, "forward", rows, (rows, _router_rows(bound, x, router_x), _flat(y)), made)
-    return y, *made
+    return routed(layer_of(layer), x, experts, top_k, router_x)
 
 
 @torch.library.custom_op("moegen::route", mutates_args=(), device_types=_DEVICES)
@@ -99,12 +93,12 @@ def _fake_forward(x: torch.Tensor, layer: int, router_x: torch.Tensor | None = N
 def _fake_forward_routed(
     x: torch.Tensor, layer: int, experts: int, top_k: int, router_x: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    return x.new_empty(x.shape), *_routing_like(x, experts, top_k)
+    return x.new_empty(x.shape), *routing_like(x, experts, top_k)
 
 
 @route.register_fake
 def _fake_route(x: torch.Tensor, layer: int, experts: int, top_k: int) -> tuple[torch.Tensor, ...]:
-    return _routing_like(x, experts, top_k)
+    return routing_like(x, experts, top_k)
 
 
 @experts.register_fake
@@ -112,7 +106,7 @@ def _fake_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, lay
     return x.new_empty(x.shape)
 
 
-def _routing_like(x: torch.Tensor, experts: int, top_k: int) -> tuple[torch.Tensor, ...]:
+def routing_like(x: torch.Tensor, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Uninitialised ids, weights, load and stats of a call with `x`."""
     tokens = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     return (
@@ -135,6 +129,18 @@ for _operator in (forward, forward_routed, route, experts):
 
 
 # ---------------------------------------------------------------- inside
+
+
+def routed(
+    layer: Layer | DeviceLayer, x: torch.Tensor, experts: int, top_k: int, router_x: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`forward_routed` of a layer itself."""
+    rows = _rows(layer, x, "x")
+    made = _empty_routing(layer, x, experts, top_k)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        _run(layer, "forward", rows, (rows, _router_rows(layer, x, router_x), _flat(y)), made)
+    return y, *made
 
 
 def place_of(layer: Layer | DeviceLayer) -> torch.device:
@@ -214,11 +220,13 @@ def _ready(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _empty_routing(layer: Layer | DeviceLayer, x: torch.Tensor, experts: int, top_k: int) -> tuple[torch.Tensor, ...]:
+def _empty_routing(
+    layer: Layer | DeviceLayer, x: torch.Tensor, experts: int, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     config = layer.config
     if (experts, top_k) != (config.experts, config.top_k):
         raise InputError(f"experts={experts}, top_k={top_k} are not those of the layer ({config.experts}, {config.top_k})")
-    made = _routing_like(x, experts, top_k)
+    made = routing_like(x, experts, top_k)
     if not x.numel():
         for table in made:
             table.zero_()
