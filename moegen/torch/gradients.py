@@ -4,13 +4,13 @@ Nothing here chooses: which experts a token visits, and which choices capacity d
 gradients flow through the weights of the chosen alone (as in every such layer, the choice itself has none). Ties and orders
 therefore cannot come out otherwise than they did. The functions work in the type of their tensors, float64 included.
 
-The definitions are those of `moegen.reference`, written for torch. Weights are mappings from the names of
-`moegen.config.weight_shapes`.
+The definitions are those of `moegen.reference`. Weights are mappings from the names of `moegen.config.weight_shapes`. In
+formulas, dv is the gradient of the loss by v.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,13 +38,24 @@ def scores(config: MoEConfig, z: torch.Tensor) -> torch.Tensor:
 
 def routing_weights(config: MoEConfig, z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """[T, K]: the weights of the chosen `ids` [T, K] by the logits `z` [T, E]."""
-    chosen = ids.to(torch.int64)
     if config.gating == "topk_softmax":
-        return torch.softmax(z.gather(1, chosen), dim=-1) * config.routed_scaling
-    weights = scores(config, z).gather(1, chosen)
-    if config.renormalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + (_TINY if config.gating == "sigmoid" else 0.0))
-    return weights * config.routed_scaling
+        return torch.softmax(z.gather(1, ids), dim=-1) * config.routed_scaling
+    weights = scores(config, z).gather(1, ids)
+    return (weights / _total(config, weights) if config.renormalize else weights) * config.routed_scaling
+
+
+def routing_backward(config: MoEConfig, z: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """dz [T, E] for the gradient [T, K] of `routing_weights`."""
+    grad = grad * config.routed_scaling
+    if config.gating == "topk_softmax":
+        return torch.zeros_like(z).scatter_(1, ids, _through_softmax(torch.softmax(z.gather(1, ids), dim=-1), grad))
+    scored = scores(config, z)
+    chosen = scored.gather(1, ids)
+    if config.renormalize:  # w = s / total: ds = (dw - sum(dw * w)) / total
+        total = _total(config, chosen)
+        grad = (grad - (grad * chosen / total).sum(dim=-1, keepdim=True)) / total
+    of_scores = torch.zeros_like(z).scatter_(1, ids, grad)
+    return of_scores * scored * (1.0 - scored) if config.gating == "sigmoid" else _through_softmax(scored, of_scores)
 
 
 def losses(config: MoEConfig, z: torch.Tensor, load: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,14 +70,22 @@ def losses(config: MoEConfig, z: torch.Tensor, load: torch.Tensor) -> tuple[torc
     return balance, config.balance_coefficient * (1.0 + usage.var(correction=0)) * balance, z_loss
 
 
+def _total(config: MoEConfig, chosen: torch.Tensor) -> torch.Tensor:
+    return chosen.sum(dim=-1, keepdim=True) + (_TINY if config.gating == "sigmoid" else 0.0)
+
+
+def _through_softmax(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """dz for p = softmax(z): p * (dp - sum(dp * p))."""
+    return p * (grad - (grad * p).sum(dim=-1, keepdim=True))
+
+
 def kept(config: MoEConfig, ids: torch.Tensor) -> torch.Tensor:
     """bool [T, K]: which choices are within their expert's capacity, the first by position."""
     tokens = len(ids)
     if config.capacity(tokens) >= tokens:
         return torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    chosen = torch.zeros((tokens, config.experts), dtype=torch.int64, device=ids.device).scatter_(1, ids.to(torch.int64), 1)
-    position = chosen.cumsum(dim=0) - 1
-    return position.gather(1, ids.to(torch.int64)) < config.capacity(tokens)
+    chosen = torch.zeros((tokens, config.experts), dtype=torch.int64, device=ids.device).scatter_(1, ids, 1)
+    return (chosen.cumsum(dim=0) - 1).gather(1, ids) < config.capacity(tokens)
 
 
 # ---------------------------------------------------------------- one expert
@@ -78,47 +97,87 @@ def activate(config: MoEConfig, gate: torch.Tensor | None, up: torch.Tensor) -> 
         assert gate is not None
         g, u = gate.clamp(max=config.swiglu_limit), up.clamp(-config.swiglu_limit, config.swiglu_limit)
         return g * torch.sigmoid(config.swiglu_alpha * g) * (u + 1.0)
-    kind = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(config.activation, config.activation)
-    made = _ACTIVATIONS[kind](up if gate is None else gate)
+    function = _ACTIVATIONS[_kind(config)][0]
+    made: torch.Tensor = function(up if gate is None else gate)
     return made if gate is None else made * up
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x))
+def activate_backward(
+    config: MoEConfig, gate: torch.Tensor | None, up: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(dgate or None, dup) for the gradient of `activate`."""
+    if config.activation == "swiglu_clamped":
+        assert gate is not None
+        return _clamped_backward(config, gate, up, grad)
+    function, backward = _ACTIVATIONS[_kind(config)]
+    if gate is None:
+        return None, backward(grad, up)
+    return backward(grad * up, gate), grad * function(gate)
 
 
-_ACTIVATIONS: dict[str, Any] = {
-    "silu": torch.nn.functional.silu,
-    "relu": torch.relu,
-    "relu2": lambda x: torch.relu(x).square(),
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": _gelu_tanh,
+def _clamped_backward(
+    config: MoEConfig, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    limit, alpha = config.swiglu_limit, config.swiglu_alpha
+    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+    s = torch.sigmoid(alpha * g)
+    of_gate = grad * (u + 1.0) * s * (1.0 + alpha * g * (1.0 - s))
+    return of_gate * (gate <= limit), grad * g * s * (up.abs() <= limit)
+
+
+def _kind(config: MoEConfig) -> str:
+    gated = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+    return gated.get(config.activation, config.activation)
+
+
+_aten = torch.ops.aten
+# Name -> (function of x, gradient of x by that of the function and x).
+_ACTIVATIONS: dict[str, tuple[Any, Any]] = {
+    "silu": (torch.nn.functional.silu, _aten.silu_backward),
+    "relu": (torch.relu, lambda grad, x: grad * (x > 0)),
+    "relu2": (lambda x: torch.relu(x).square(), lambda grad, x: 2.0 * grad * torch.relu(x)),
+    "gelu": (torch.nn.functional.gelu, _aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
 }
 
 
-def ffn(config: MoEConfig, weights: Weights, rows: torch.Tensor) -> torch.Tensor:
-    """[n, H] of rows [n, H] by one expert, whose weights are named `up.weight`, `up.bias` ..."""
+def ffn_backward(
+    config: MoEConfig, weights: Weights, rows: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(drows [n, H], dscale [n, 1], gradients of the weights) of scale * FFN(rows), or of FFN(scale * rows) with `weight_on_input`.
+
+    Args:
+        weights: one expert's, named `up.weight`, `up.bias` ...
+        scale: [n, 1].
+        grad: [n, H].
+    """
     linear = torch.nn.functional.linear
-    gate = linear(rows, weights["gate.weight"], weights.get("gate.bias")) if config.gated else None
-    hidden = activate(config, gate, linear(rows, weights["up.weight"], weights.get("up.bias")))
-    return linear(hidden, weights["down.weight"], weights.get("down.bias"))
-
-
-def scaled_ffn(config: MoEConfig, weights: Weights, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """What an expert adds to the output of its tokens: `ffn` with the routing weights `scale` [n, 1] on its input or output."""
-    return ffn(config, weights, rows * scale) if config.weight_on_input else ffn(config, weights, rows) * scale
-
-
-def shared(config: MoEConfig, weights: Weights, x: torch.Tensor) -> torch.Tensor:
-    """[T, H]: what the shared expert adds."""
-    y = ffn(config, part_of(weights, "shared"), x)
-    return y * torch.sigmoid(x @ weights["shared_gate.weight"].T) if config.shared_gate else y
-
-
-def part_of(weights: Weights, part: str, expert: int | None = None) -> dict[str, torch.Tensor]:
-    """The weights named `<part>.`, without that, or one expert's of them."""
-    found = {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
-    return found if expert is None else {name: w[expert] for name, w in found.items()}
+    entered = rows * scale if config.weight_on_input else rows
+    gate = linear(entered, weights["gate.weight"], weights.get("gate.bias")) if config.gated else None
+    up = linear(entered, weights["up.weight"], weights.get("up.bias"))
+    hidden = activate(config, gate, up)
+    of_hidden = grad @ weights["down.weight"]
+    if config.weight_on_input:
+        of_scale, of_down = scale, grad
+    else:  # the product with the output, without the output: (W h + b) dy = h (W' dy) + b dy
+        of_scale = (hidden * of_hidden).sum(dim=-1, keepdim=True)
+        if "down.bias" in weights:
+            of_scale = of_scale + grad @ weights["down.bias"].unsqueeze(1)
+        of_hidden, of_down = of_hidden * scale, grad * scale
+    of_gate, of_up = activate_backward(config, gate, up, of_hidden)
+    found = {"down.weight": of_down.T @ hidden, "down.bias": of_down.sum(dim=0)}
+    of_entered = of_up @ weights["up.weight"]
+    found |= {"up.weight": of_up.T @ entered, "up.bias": of_up.sum(dim=0)}
+    if of_gate is not None:
+        of_entered = of_entered + of_gate @ weights["gate.weight"]
+        found |= {"gate.weight": of_gate.T @ entered, "gate.bias": of_gate.sum(dim=0)}
+    found = {name: g for name, g in found.items() if name in weights}
+    if config.weight_on_input:
+        return of_entered * scale, (of_entered * rows).sum(dim=-1, keepdim=True), found
+    return of_entered, of_scale, found
 
 
 # ---------------------------------------------------------------- the whole layer
@@ -139,7 +198,7 @@ class Gradients:
     """
 
     def __init__(self, config: MoEConfig, weights: Weights, x: torch.Tensor, wanted: frozenset[str]) -> None:
-        self.config, self.given, self.rows, self.wanted = config, weights, x, wanted
+        self.config, self.given, self.rows = config, weights, x
         self.wide = torch.promote_types(x.dtype, torch.float32)
         self.x = torch.zeros_like(x, dtype=self.wide)
         self.weights = {name: torch.zeros_like(weights[name]) for name in weights if name in wanted}
@@ -148,52 +207,47 @@ class Gradients:
         """Adds what the routed experts contribute for grad_y [T, H]; returns the gradient of their `factors` [T, K]."""
         grad_factors = torch.zeros_like(factors)
         within = kept(self.config, ids)
+        names = [name.removeprefix("experts.") for name in self.given if name.startswith("experts.")]
         for e in torch.unique(ids[within]).tolist():
             tokens, slots = torch.nonzero((ids == e) & within, as_tuple=True)
             scale = factors[tokens, slots].unsqueeze(1).to(self.rows.dtype)
-            mine = {name: w.to(self.rows.dtype) for name, w in part_of(self.given, "experts", e).items()}
-            grads = _vjp(lambda w, r, s: scaled_ffn(self.config, w, r, s), mine, (self.rows[tokens], scale), grad_y[tokens])
-            self.x.index_add_(0, tokens, grads[0].to(self.wide))
-            grad_factors[tokens, slots] = grads[1].squeeze(1).to(factors.dtype)
-            for name, grad in grads[2].items():
-                if f"experts.{name}" in self.wanted:
+            mine = {name: self.given[f"experts.{name}"][e].to(self.rows.dtype) for name in names}
+            of_rows, of_scale, found = ffn_backward(self.config, mine, self.rows[tokens], scale, grad_y[tokens])
+            self.x.index_add_(0, tokens, of_rows.to(self.wide))
+            grad_factors[tokens, slots] = of_scale.squeeze(1).to(factors.dtype)
+            for name, grad in found.items():
+                if f"experts.{name}" in self.weights:
                     self.weights[f"experts.{name}"][e] = grad
         return grad_factors
 
     def shared(self, grad_y: torch.Tensor) -> None:
-        """Adds what the shared expert contributes."""
-        mine = {name: w.to(self.rows.dtype) for name, w in self.given.items() if name.startswith("shared")}
-        grads = _vjp(lambda w, r: shared(self.config, w, r), mine, (self.rows,), grad_y)
-        self.x += grads[0]
-        self._take(grads[1])
+        """Adds what the shared expert contributes; its gate is a scale like a routing weight, but always on the output."""
+        config, dtype = dataclasses.replace(self.config, weight_on_input=False), self.rows.dtype
+        mine = {n.removeprefix("shared."): w.to(dtype) for n, w in self.given.items() if n.startswith("shared.")}
+        scale = self.rows.new_ones((len(self.rows), 1))
+        if self.config.shared_gate:
+            gate = self.given["shared_gate.weight"].to(dtype)
+            scale = torch.sigmoid(self.rows @ gate.T)
+        of_rows, of_scale, found = ffn_backward(config, mine, self.rows, scale, grad_y)
+        self.x += of_rows
+        self._add({f"shared.{name}": grad for name, grad in found.items()})
+        if self.config.shared_gate:
+            of_logit = of_scale * scale * (1.0 - scale)
+            self.x += of_logit @ gate
+            self._add({"shared_gate.weight": of_logit.T @ self.rows})
 
     def router_weights(self) -> dict[str, torch.Tensor]:
         """What logits are computed with."""
         return {n: self.given[n].to(self.rows.dtype).to(self.wide) for n in ("router.weight", "router.bias") if n in self.given}
 
-    def router(self, router_x: torch.Tensor, ids: torch.Tensor, grad_factors: torch.Tensor) -> torch.Tensor:
-        """Adds what the router contributes for the gradient of its weights [T, K]; returns the gradient of its input [T, H]."""
+    def router(self, router_x: torch.Tensor, of_logits: torch.Tensor) -> torch.Tensor:
+        """Adds what the router contributes for the gradient of its logits [T, E]; returns that of its input [T, H]."""
+        self._add({"router.weight": of_logits.T @ router_x, "router.bias": of_logits.sum(dim=0)})
+        return of_logits @ self.router_weights()["router.weight"]
 
-        def weigh(weights: Weights, x: torch.Tensor) -> torch.Tensor:
-            return routing_weights(self.config, logits(weights, x), ids)
-
-        made: torch.Tensor
-        made, grads = _vjp(weigh, self.router_weights(), (router_x,), grad_factors)
-        self._take(grads)
-        return made
-
-    def _take(self, grads: Mapping[str, torch.Tensor]) -> None:
-        for name in grads.keys() & self.wanted:
+    def _add(self, grads: Mapping[str, torch.Tensor]) -> None:
+        for name in grads.keys() & self.weights.keys():
             self.weights[name] += grads[name]
-
-
-def _vjp(function: Any, weights: Weights, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor) -> tuple[Any, ...]:
-    """Gradients of `function(weights, *inputs)`: those of the inputs, then those of the weights by name."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (*inputs, *weights.values())]
-        made = function(dict(zip(weights, leaves[len(inputs) :], strict=True)), *leaves[: len(inputs)])
-    found = torch.autograd.grad(made, leaves, grad.to(made.dtype), materialize_grads=True)
-    return *found[: len(inputs)], dict(zip(weights, found[len(inputs) :], strict=True))
 
 
 def layer_gradients(
@@ -221,14 +275,15 @@ def layer_gradients(
         (gradient of x [T, H], that of router_x or None, name -> gradient), of the types of what they are gradients of.
     """
     found = Gradients(config, weights, x, wanted)
+    chosen = ids.to(torch.int64)
     seen = (x if router_x is None else router_x).to(found.wide)
-    factors = routing_weights(config, logits(found.router_weights(), seen), ids)
-    grad_factors = found.experts(grad_y, ids, factors)
+    z = logits(found.router_weights(), seen)
+    grad_factors = found.experts(grad_y, chosen, routing_weights(config, z, chosen))
     if config.shared_intermediate:
         found.shared(grad_y)
     if grad_weights is not None:
         grad_factors = grad_factors + grad_weights
-    grad_seen = found.router(seen, ids, grad_factors)
+    of_seen = found.router(seen, routing_backward(config, z, chosen, grad_factors))
     if router_x is not None:
-        return found.x.to(x.dtype), grad_seen.to(router_x.dtype), found.weights
-    return (found.x + grad_seen).to(x.dtype), None, found.weights
+        return found.x.to(x.dtype), of_seen.to(router_x.dtype), found.weights
+    return (found.x + of_seen).to(x.dtype), None, found.weights

@@ -95,15 +95,14 @@ class TrainableMoELayer(torch.nn.Module):
         x = entering(x, state.dtype)
         router_x = None if jitter is None else jittered(x, jitter)
         weights = [self._named(name) for name in state.names]
-        y, ids, factors, load = torch.ops.moegen.trained(x, weights, state.number, config.experts, config.top_k, router_x)
+        y, ids, factors, load, stats = torch.ops.moegen.trained(x, weights, state.number, config.experts, config.top_k, router_x)
         if not return_routing:
             return y
         seen = (x if router_x is None else router_x).reshape(-1, config.hidden).to(torch.float32)
         router = {name: self._named(name).to(state.dtype).to(torch.float32) for name in state.names if name.startswith("router.")}
         with torch.autocast(x.device.type, enabled=False):
             balance, adaptive, z = gradients.losses(config, gradients.logits(router, seen), load)
-        dropped = (~gradients.kept(config, ids)).sum()
-        return y, Routing(ids, factors, load, dropped, balance, adaptive, z)
+        return y, Routing(ids, factors, load, stats[0].to(torch.int64), balance, adaptive, z)
 
     def refresh(self) -> None:
         """Packs the weights again at the next call, whether or not they seem changed."""

@@ -1,7 +1,7 @@
 """A layer whose weights change: packed again before a call that finds them changed, and operators for its forward and backward.
 
-    moegen::trained(Tensor x, Tensor[] weights, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x=None)
-        -> (Tensor y, Tensor ids, Tensor weights, Tensor load)
+    moegen::trained(Tensor x, Tensor[] weights, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x)
+        -> (Tensor y, Tensor ids, Tensor weights, Tensor load, Tensor stats)
     moegen::trained_backward(Tensor? grad_y, Tensor? grad_weights, Tensor x, Tensor[] weights, Tensor ids, Tensor? router_x,
         SymInt layer, bool[] wanted) -> Tensor[]
 
@@ -139,20 +139,21 @@ def _unpickled(path: str, threads: int, device: int) -> TrainedLayer:
 # ---------------------------------------------------------------- operators
 
 
+# No argument has a default: torch drops those from the call, and then misses their gradients where there are lists of tensors.
 @torch.library.custom_op("moegen::trained", mutates_args=(), device_types=_DEVICES)
 def trained(
-    x: torch.Tensor, weights: list[torch.Tensor], layer: int, experts: int, top_k: int, router_x: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weights: list[torch.Tensor], layer: int, experts: int, top_k: int, router_x: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole layer with `weights`, and what its router decided."""
     with layer_of(layer).with_weights(weights) as bound:
-        return ops.routed(bound, x, experts, top_k, router_x)[:4]
+        return ops.routed(bound, x, experts, top_k, router_x)
 
 
 @trained.register_fake
 def _fake_trained(
-    x: torch.Tensor, weights: list[torch.Tensor], layer: int, experts: int, top_k: int, router_x: torch.Tensor | None = None
+    x: torch.Tensor, weights: list[torch.Tensor], layer: int, experts: int, top_k: int, router_x: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    return x.new_empty(x.shape), *ops.routing_like(x, experts, top_k)[:3]
+    return x.new_empty(x.shape), *ops.routing_like(x, experts, top_k)
 
 
 @torch.library.custom_op("moegen::trained_backward", mutates_args=(), device_types=_DEVICES)
@@ -201,10 +202,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     x, weights, layer, _, _, router_x = inputs
     ctx.save_for_backward(x, output[1], router_x, *weights)
     ctx.layer, ctx.wanted = layer, [w.requires_grad for w in weights]
-    ctx.mark_non_differentiable(output[1], output[3])
+    ctx.mark_non_differentiable(output[1], output[3], output[4])
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor | None, _: Any, grad_weights: torch.Tensor | None, __: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: torch.Tensor | None, _: Any, grad_weights: torch.Tensor | None, *__: Any) -> tuple[Any, ...]:
     x, ids, router_x, *weights = ctx.saved_tensors
     given = torch.zeros_like(x) if grad_y is None else grad_y
     made = list(torch.ops.moegen.trained_backward(given, grad_weights, x, weights, ids, router_x, ctx.layer, ctx.wanted))
