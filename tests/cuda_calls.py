@@ -6,6 +6,7 @@ Arguments: the artifact's folder. Prints one word for each check that passed.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import sys
 from typing import Any
 
@@ -38,6 +39,27 @@ def host(layer: DeviceLayer, tensor: Any) -> np.ndarray:
     bits = np.empty(tuple(tensor.shape), np.uint16)
     layer.module.download(tensor, bits)
     return values(moegen.arrays.HostArray(bits, "bfloat16"))
+
+
+def check_torch(layer: DeviceLayer) -> None:
+    """What `moegen.torch` makes of a layer on a device, but for calls: those need torch with CUDA."""
+    import torch
+
+    from moegen.torch import MoELayer
+    from moegen.torch.opening import from_packed_state, packed_state
+
+    made = MoELayer(layer, name="on the device")
+    assert made.bound.device == torch.device("cuda", 0)
+    with pytest.raises(moegen.InputError, match="x is on device 'cpu', the layer is on 'cuda:0': move it"):
+        made(torch.zeros(3, layer.config.hidden, dtype=made.bound.dtype))
+    assert made(torch.zeros(3, layer.config.hidden, dtype=made.bound.dtype, device="meta")).shape == (3, layer.config.hidden)
+    state = made.bound.__reduce__()[1][0]  # what a pickle holds
+    twin = from_packed_state(*state)
+    assert twin is not layer
+    again = packed_state(twin)
+    assert again[:-1] == state[:-1]
+    assert np.array_equal(again[-1], state[-1])
+    assert state[-1].any()
 
 
 def main(path: str) -> None:
@@ -110,6 +132,18 @@ def main(path: str) -> None:
     logits = reference.route(config, weights, 2 * x)
     assert np.array_equal(np.sort(routed.ids.data), np.sort(logits.ids))
     print("jitter")
+
+    bare, scratch = (
+        on_device(layer, np.full(x.shape, 0xFFFF, np.uint16), config.dtype),
+        module.empty((layer.workspace_bytes(5),), "uint8"),
+    )
+    layer.run("forward", scratch, (tensor, None, bare), (None,) * 4)
+    assert np.array_equal(host(layer, bare), values(y))
+    print("bare")
+
+    if importlib.util.find_spec("torch") is not None:  # whose tensors cannot be on this device, but its modules can
+        check_torch(layer)
+    print("torch")
 
     ragged = np.empty(given.data.size + 1, np.uint16)[1:].reshape(x.shape)  # of the host: at no multiple of anything
     ragged[...] = given.data

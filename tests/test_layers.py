@@ -139,8 +139,13 @@ INSIDE = {
     ),
     "torch": (
         ("handles",),
+        ("opening",),
         ("ops",),
         ("bound",),
+        ("layer",),
+        ("gradients",),
+        ("trained",),
+        ("trainable",),
         ("__init__",),
     ),
     "report": (
@@ -183,7 +188,7 @@ FOREIGN_ONLY_IN = {
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
     | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
-    | {f"torch.{name}" for name in ("bound", "ops")},
+    | {f"torch.{name}" for name in ("bound", "gradients", "layer", "opening", "ops", "trainable", "trained")},
     "triton": {"field.fused_experts", "field.fused_kernels"},
     "transformers": {"field.hf_experts"},
     "onnx": {"bench.contenders.onnx_layer"},

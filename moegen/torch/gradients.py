@@ -189,18 +189,20 @@ class Gradients:
     Args:
         config: the layer.
         weights: those of `weight_shapes`, of any float types.
-        x: [T, H] of the type to compute in, to which weights are rounded; the router computes in float32 at least.
+        x: [T, H] of the type to compute in.
         wanted: names of the weights whose gradients are wanted.
+        rounded: the type that the forward rounded the weights to; None if it took them as they are.
 
     Attributes:
-        x: gradient of x [T, H], float32 at least.
+        x: gradient of x [T, H].
         weights: name -> gradient, of the shape and type of the weight.
     """
 
-    def __init__(self, config: MoEConfig, weights: Weights, x: torch.Tensor, wanted: frozenset[str]) -> None:
-        self.config, self.given, self.rows = config, weights, x
-        self.wide = torch.promote_types(x.dtype, torch.float32)
-        self.x = torch.zeros_like(x, dtype=self.wide)
+    def __init__(
+        self, config: MoEConfig, weights: Weights, x: torch.Tensor, wanted: frozenset[str], rounded: torch.dtype | None
+    ) -> None:
+        self.config, self.given, self.rows, self.rounded = config, weights, x, rounded
+        self.x = torch.zeros_like(x)
         self.weights = {name: torch.zeros_like(weights[name]) for name in weights if name in wanted}
 
     def experts(self, grad_y: torch.Tensor, ids: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -210,11 +212,11 @@ class Gradients:
         names = [name.removeprefix("experts.") for name in self.given if name.startswith("experts.")]
         for e in torch.unique(ids[within]).tolist():
             tokens, slots = torch.nonzero((ids == e) & within, as_tuple=True)
-            scale = factors[tokens, slots].unsqueeze(1).to(self.rows.dtype)
-            mine = {name: self.given[f"experts.{name}"][e].to(self.rows.dtype) for name in names}
+            scale = factors[tokens, slots].unsqueeze(1)
+            mine = {name: self._as_used(self.given[f"experts.{name}"][e]) for name in names}
             of_rows, of_scale, found = ffn_backward(self.config, mine, self.rows[tokens], scale, grad_y[tokens])
-            self.x.index_add_(0, tokens, of_rows.to(self.wide))
-            grad_factors[tokens, slots] = of_scale.squeeze(1).to(factors.dtype)
+            self.x.index_add_(0, tokens, of_rows)
+            grad_factors[tokens, slots] = of_scale.squeeze(1)
             for name, grad in found.items():
                 if f"experts.{name}" in self.weights:
                     self.weights[f"experts.{name}"][e] = grad
@@ -222,11 +224,11 @@ class Gradients:
 
     def shared(self, grad_y: torch.Tensor) -> None:
         """Adds what the shared expert contributes; its gate is a scale like a routing weight, but always on the output."""
-        config, dtype = dataclasses.replace(self.config, weight_on_input=False), self.rows.dtype
-        mine = {n.removeprefix("shared."): w.to(dtype) for n, w in self.given.items() if n.startswith("shared.")}
+        config = dataclasses.replace(self.config, weight_on_input=False)
+        mine = {n.removeprefix("shared."): self._as_used(w) for n, w in self.given.items() if n.startswith("shared.")}
         scale = self.rows.new_ones((len(self.rows), 1))
         if self.config.shared_gate:
-            gate = self.given["shared_gate.weight"].to(dtype)
+            gate = self._as_used(self.given["shared_gate.weight"])
             scale = torch.sigmoid(self.rows @ gate.T)
         of_rows, of_scale, found = ffn_backward(config, mine, self.rows, scale, grad_y)
         self.x += of_rows
@@ -238,12 +240,15 @@ class Gradients:
 
     def router_weights(self) -> dict[str, torch.Tensor]:
         """What logits are computed with."""
-        return {n: self.given[n].to(self.rows.dtype).to(self.wide) for n in ("router.weight", "router.bias") if n in self.given}
+        return {n: self._as_used(self.given[n]) for n in ("router.weight", "router.bias") if n in self.given}
 
     def router(self, router_x: torch.Tensor, of_logits: torch.Tensor) -> torch.Tensor:
         """Adds what the router contributes for the gradient of its logits [T, E]; returns that of its input [T, H]."""
         self._add({"router.weight": of_logits.T @ router_x, "router.bias": of_logits.sum(dim=0)})
         return of_logits @ self.router_weights()["router.weight"]
+
+    def _as_used(self, weight: torch.Tensor) -> torch.Tensor:
+        return (weight if self.rounded is None else weight.to(self.rounded)).to(self.rows.dtype)
 
     def _add(self, grads: Mapping[str, torch.Tensor]) -> None:
         for name in grads.keys() & self.weights.keys():
@@ -259,24 +264,27 @@ def layer_gradients(
     grad_weights: torch.Tensor | None = None,
     router_x: torch.Tensor | None = None,
     wanted: frozenset[str] = frozenset(),
+    rounded: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
     """The backward of a layer: gradients of x, of router_x, and of the weights that are `wanted`.
 
     Args:
         config: the layer, whose projections are not in few bits.
-        weights: those of `weight_shapes`, of any float types; they are rounded to x's, and the correction bias is not read.
-        x: [T, H].
+        weights: those of `weight_shapes`, of any float types; the correction bias is not read.
+        x: [T, H] of the type to compute in, as are `grad_y`, `grad_weights` and `router_x`.
         ids: integers [T, K], the router's choices.
         grad_y: [T, H], gradient of the output.
         grad_weights: [T, K], gradient of the routing weights, where they were used for something else, too.
         router_x: [T, H], what the router saw, if it was not x.
+        wanted: names of the weights whose gradients are wanted.
+        rounded: the type that the forward rounded the weights to; None if it took them as they are.
 
     Returns:
-        (gradient of x [T, H], that of router_x or None, name -> gradient), of the types of what they are gradients of.
+        (gradient of x [T, H], that of router_x or None, name -> gradient of the weight's type).
     """
-    found = Gradients(config, weights, x, wanted)
+    found = Gradients(config, weights, x, wanted, rounded)
     chosen = ids.to(torch.int64)
-    seen = (x if router_x is None else router_x).to(found.wide)
+    seen = x if router_x is None else router_x
     z = logits(found.router_weights(), seen)
     grad_factors = found.experts(grad_y, chosen, routing_weights(config, z, chosen))
     if config.shared_intermediate:
@@ -284,6 +292,4 @@ def layer_gradients(
     if grad_weights is not None:
         grad_factors = grad_factors + grad_weights
     of_seen = found.router(seen, routing_backward(config, z, chosen, grad_factors))
-    if router_x is not None:
-        return found.x.to(x.dtype), of_seen.to(router_x.dtype), found.weights
-    return (found.x + of_seen).to(x.dtype), None, found.weights
+    return (found.x + of_seen, None, found.weights) if router_x is None else (found.x, of_seen, found.weights)

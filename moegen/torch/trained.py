@@ -6,8 +6,8 @@
         SymInt layer, bool[] wanted) -> Tensor[]
 
 `weights` are those of `moegen.config.weight_shapes(config)`, in that order, of any float types. The forward rounds them to the
-layer's dtype; the backward computes with the same values, in the layer's dtype with the router in float32, and its gradients have
-the types of what they are gradients of (straight through the rounding).
+layer's dtype. The backward computes with the same values in float32, in which the forward's sums are: a clamp is passed or not as it
+was. Its gradients have the types of what they are gradients of (straight through the rounding).
 """
 
 from __future__ import annotations
@@ -171,16 +171,18 @@ def trained_backward(
     state = layer_of(layer)
     hidden = state.config.hidden
     names = [name for name, want in zip(state.names, wanted, strict=True) if want]
+    given = {name: w.detach() for name, w in zip(state.names, weights, strict=True)}
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().reshape(-1, hidden).to(torch.float32)
+
     with torch.autocast(x.device.type, enabled=False):
-        rows = x.detach().reshape(-1, hidden)
-        seen = None if router_x is None else router_x.detach().reshape(-1, hidden)
-        flat = grad_y.reshape(-1, hidden).to(state.dtype)
-        given = {name: w.detach() for name, w in zip(state.names, weights, strict=True)}
-        of_x, of_seen, of_weights = layer_gradients(state.config, given, rows, ids, flat, grad_weights, seen, frozenset(names))
-    made = [of_x.reshape(x.shape)]
-    if router_x is not None and of_seen is not None:
-        made.append(of_seen.reshape(x.shape))
-    return made + [of_weights[name] for name in names]
+        of_x, of_seen, of_weights = layer_gradients(
+            state.config, given, rows(x), ids, rows(grad_y), grad_weights,
+            None if router_x is None else rows(router_x), frozenset(names), state.dtype,
+        )  # fmt: skip
+    made = [of_x] if of_seen is None else [of_x, of_seen]
+    return [grad.reshape(x.shape).to(x.dtype) for grad in made] + [of_weights[name] for name in names]
 
 
 @trained_backward.register_fake
