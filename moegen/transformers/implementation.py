@@ -131,7 +131,7 @@ def _top_k(module: Any) -> int:
     found = next((value for name in names if isinstance(value := getattr(module.config, name, None), int)), None)
     if found is None:
         raise InputError(
-            f"the configuration of {type(module).__name__} says in none of {', '.join(names)} how many experts a token visits: call "
-            "the model once instead, which packs its weights too"
+            f"the configuration of {type(module).__name__} says in none of {', '.join(names)} how many experts a token visits: "
+            "call the model once instead, which packs its weights too"
         )
     return found

@@ -10,28 +10,10 @@ import torch
 from ..errors import WeightsError
 
 # What concerns shape, type and place of a tensor, and what a module does with its parameters without reading them.
-_ALLOWED = frozenset(
-    (
-        "detach",
-        "dim",
-        "element_size",
-        "is_complex",
-        "is_contiguous",
-        "is_floating_point",
-        "is_inference",
-        "ndimension",
-        "nelement",
-        "numel",
-        "register_hook",
-        "requires_grad_",
-        "size",
-        "storage_offset",
-        "stride",
-        "__get__",
-        "__set__",
-        "__hash__",
-    )  # fmt: skip
-)
+_ALLOWED = {
+    "detach", "dim", "element_size", "is_complex", "is_contiguous", "is_floating_point", "is_inference", "ndimension", "nelement",
+    "numel", "register_hook", "requires_grad_", "size", "storage_offset", "stride", "__get__", "__set__", "__hash__",
+}  # fmt: skip
 
 
 class Released(torch.Tensor):
