@@ -41,6 +41,7 @@ ORDER = (
     ("device_arrays",),
     ("device",),
     ("runtime",),
+    ("torch",),
     ("verification",),
     ("emission",),
     ("schedules",),
@@ -136,6 +137,12 @@ INSIDE = {
         ("__init__",),
         ("__main__",),
     ),
+    "torch": (
+        ("handles",),
+        ("ops",),
+        ("bound",),
+        ("__init__",),
+    ),
     "report": (
         ("readings",),
         ("drawing", "tables"),
@@ -175,7 +182,8 @@ FOREIGN_ONLY_IN = {
     "tqdm": {"bench.command", "cli", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
-    | {f"field.{name}" for name in ("torch_experts", "truth", "worker")},
+    | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
+    | {f"torch.{name}" for name in ("bound", "ops")},
     "triton": {"field.fused_experts", "field.fused_kernels"},
     "transformers": {"field.hf_experts"},
     "onnx": {"bench.contenders.onnx_layer"},
