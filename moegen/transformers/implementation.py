@@ -68,6 +68,12 @@ def _fp8_experts_forward(self: torch.nn.Module, *arguments: Any, **named: Any) -
     )
 
 
+def experts_of(model: torch.nn.Module) -> Iterator[Any]:
+    """The modules of a model whose implementation the library lets be set (its `use_experts_implementation` made them)."""
+    marks = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    return (module for module in model.modules() if all(hasattr(module, mark) for mark in marks))
+
+
 def pack(model: torch.nn.Module) -> int:
     """Finds or builds the artifacts of a model's experts and packs their weights, which its first call would do otherwise.
 
@@ -81,7 +87,7 @@ def pack(model: torch.nn.Module) -> int:
         MoegenError: moegen cannot run its experts, or there is no artifact and none can be built.
     """
     total = 0
-    for module in _experts_of(model):
+    for module in experts_of(model):
         packed = packed_of(module)
         packed.layer(_top_k(module))
         total += packed.packed_bytes
@@ -104,11 +110,11 @@ def release(model: torch.nn.Module) -> int:
     """
     pack(model)
     given_back = 0
-    for module in _experts_of(model):
+    for module in experts_of(model):
         chosen = module.config._experts_implementation
         if chosen != NAME:
             raise InputError(f"the experts implementation is {chosen!r}: call model.set_experts_implementation({NAME!r}) first")
-    for module in _experts_of(model):
+    for module in experts_of(model):
         if packed_of(module).released:
             continue
         packed_of(module).release()
@@ -117,12 +123,6 @@ def release(model: torch.nn.Module) -> int:
             given_back += value.nbytes
             setattr(module, name, Released.like(value))
     return given_back
-
-
-def _experts_of(model: torch.nn.Module) -> Iterator[Any]:
-    """The modules that `use_experts_implementation` made."""
-    marks = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    return (module for module in model.modules() if all(hasattr(module, mark) for mark in marks))
 
 
 def _top_k(module: Any) -> int:
