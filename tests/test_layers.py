@@ -55,6 +55,7 @@ ORDER = (
     ("builder",),
     ("batch",),
     ("display",),
+    ("transformers",),
     ("presets",),
     ("options",),
     ("bench",),
@@ -143,6 +144,15 @@ INSIDE = {
         ("bound",),
         ("__init__",),
     ),
+    "transformers": (
+        ("building", "gating", "released"),
+        ("experts",),
+        ("packed",),
+        ("operators",),
+        ("implementation",),
+        ("serve", "speed"),
+        ("__init__",),
+    ),
     "report": (
         ("readings",),
         ("drawing", "tables"),
@@ -183,9 +193,14 @@ FOREIGN_ONLY_IN = {
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
     | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
-    | {f"torch.{name}" for name in ("bound", "ops")},
+    | {f"torch.{name}" for name in ("bound", "ops")}
+    | {
+        f"transformers.{name}"
+        for name in ("__init__", "experts", "gating", "implementation", "operators", "packed", "released", "speed")
+    },
     "triton": {"field.fused_experts", "field.fused_kernels"},
-    "transformers": {"field.hf_experts"},
+    "transformers": {"field.hf_experts"}
+    | {f"transformers.{name}" for name in ("__init__", "implementation", "operators", "serve", "speed")},
     "onnx": {"bench.contenders.onnx_layer"},
     "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),

@@ -415,9 +415,9 @@ def test_a_cuda_device_needs_an_artifact_for_it():
 FIRST = MoEConfig(experts=2, top_k=1, hidden=16, intermediate=16, activation="reglu")
 
 
-def _find_or_build(config, lines):
-    logging.getLogger("moegen.transformers").addHandler(logging.StreamHandler(open(lines, "w", buffering=1)))
-    print(building._built(config).path, file=open(lines + ".path", "w"))
+def _find_or_build(config, folder, name):
+    logging.getLogger("moegen.transformers").addHandler(logging.FileHandler(folder / f"{name}.said"))
+    (folder / f"{name}.path").write_text(str(building._built(config).path))
 
 
 @pytest.mark.slow
@@ -425,17 +425,16 @@ def test_built_once_at_first_use(tmp_path, monkeypatch):
     """By one of two processes that want it at once, with a message; then found."""
     monkeypatch.setenv("MOEGEN_STORE", str(tmp_path / "store"))
     context = multiprocessing.get_context("fork")  # importing torch twice more would take longer than building
-    files = [str(tmp_path / f"{i}.txt") for i in range(2)]
-    processes = [context.Process(target=_find_or_build, args=(FIRST, file)) for file in files]
+    processes = [context.Process(target=_find_or_build, args=(FIRST, tmp_path, i)) for i in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
     assert [process.exitcode for process in processes] == [0, 0]
-    said = sorted(open(file).read() for file in files)
+    said = sorted((tmp_path / f"{i}.said").read_text() for i in range(2))
     assert said[0] == ""
     assert said[1].startswith(f"moegen: building {FIRST} into {tmp_path / 'store'}")
-    assert len({open(file + ".path").read() for file in files}) == 1
+    assert len({(tmp_path / f"{i}.path").read_text() for i in range(2)}) == 1
     artifact = building.find(FIRST, "llvm")
     assert artifact.verification()["status"] == "passed"
     model = make_model(
@@ -474,7 +473,20 @@ def test_a_failed_build_says_why(tmp_path, monkeypatch, jinja2, words):
 def test_speed(tmp_path, capsys):
     make_model("mixtral").save_pretrained(tmp_path)
     out = tmp_path / "speed.json"
-    options = ["--model", str(tmp_path), "--layers", "1", "--dtype", "float32", "--prompts", "3", "--new-tokens", "2", "--rounds", "2"]
+    options = [
+        "--model",
+        str(tmp_path),
+        "--layers",
+        "1",
+        "--dtype",
+        "float32",
+        "--prompts",
+        "3",
+        "--new-tokens",
+        "2",
+        "--rounds",
+        "2",
+    ]
     assert speed.main([*options, "--json", str(out)]) == 0
     document = json.loads(out.read_text())
     assert [(cell["phase"], cell["tokens"]) for cell in document["cells"]] == [("prefill", 3), ("decode", 1)]

@@ -2,21 +2,25 @@
 
     python -m moegen.transformers.serve FOLDER --host 127.0.0.1 --port 8000 [any option of `transformers serve`]
 
-This is the library's own command and server. It has no option for the experts implementation, so that its manager of models is given
-one more thing to do: set a model's implementation when it is loaded, and pack its experts (which builds what is missing) before the
-first request. Models without experts are served as they are. What moegen cannot run is an error when the model is loaded.
+This is the library's own command and server. It has no option for the experts implementation, so that its manager of models is
+given one more thing to do: before the first request, set the implementation of a model that was loaded and pack its experts, building
+what is missing. Models without experts are served as they are. What moegen cannot run is an error when the model is loaded.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 from transformers.cli.serving import model_manager
 from transformers.utils.import_utils import is_serve_available
 
-from ..errors import ConfigError
+from ..display import size
+from ..errors import ConfigError, MoegenError
 from .implementation import NAME, experts_of, pack
+
+_logger = logging.getLogger(__package__)
 
 
 class ExpertsManager(model_manager.ModelManager):
@@ -27,7 +31,7 @@ class ExpertsManager(model_manager.ModelManager):
         model, processor = super().load_model_and_processor(*arguments, **named)
         if next(experts_of(model), None) is not None and NAME not in model.get_experts_implementation().values():
             model.set_experts_implementation(NAME)
-            pack(model)
+            _logger.warning("moegen: packed %s of experts of %s", size(pack(model)), model.name_or_path)
         return model, processor
 
 
@@ -36,14 +40,18 @@ def main(arguments: list[str] | None = None) -> None:
 
     Raises:
         ConfigError: what the library serves with is not installed.
+        MoegenError: moegen cannot run the experts of a model that is loaded before requests come.
     """
     if not is_serve_available():
         raise ConfigError("serving needs fastapi, uvicorn, pydantic and openai: pip install 'moegen[serving]'")
     from transformers.cli.transformers import app  # here, because it imports what was just asked for
 
     model_manager.ModelManager = ExpertsManager  # the command looks it up there when it runs
-    app(["serve", *(sys.argv[1:] if arguments is None else arguments)], prog_name="moegen.transformers")
+    app(["serve", *(sys.argv[1:] if arguments is None else arguments)], prog_name="python -m moegen.transformers.serve")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MoegenError as error:
+        sys.exit(f"moegen.transformers.serve: {error}")
