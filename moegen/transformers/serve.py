@@ -3,7 +3,7 @@
     python -m moegen.transformers.serve FOLDER --host 127.0.0.1 --port 8000 [any option of `transformers serve`]
 
 This is the library's own command and server. It has no option for the experts implementation, so that its manager of models is
-given one more thing to do: before the first request, set the implementation of a model that was loaded and pack its experts, building
+given one more thing to do: before the first request, set the implementation of a loaded model and pack its experts, building
 what is missing. Models without experts are served as they are. What moegen cannot run is an error when the model is loaded.
 """
 
