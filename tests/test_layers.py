@@ -55,6 +55,7 @@ ORDER = (
     ("builder",),
     ("batch",),
     ("display",),
+    ("transformers",),
     ("presets",),
     ("options",),
     ("bench",),
@@ -148,6 +149,15 @@ INSIDE = {
         ("trainable",),
         ("__init__",),
     ),
+    "transformers": (
+        ("building", "gating", "released"),
+        ("experts",),
+        ("packed",),
+        ("operators",),
+        ("implementation",),
+        ("serve", "speed"),
+        ("__init__",),
+    ),
     "report": (
         ("readings",),
         ("drawing", "tables"),
@@ -188,9 +198,14 @@ FOREIGN_ONLY_IN = {
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
     | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
-    | {f"torch.{name}" for name in ("bound", "gradients", "layer", "opening", "ops", "trainable", "trained")},
+    | {f"torch.{name}" for name in ("bound", "gradients", "layer", "opening", "ops", "trainable", "trained")}
+    | {
+        f"transformers.{name}"
+        for name in ("__init__", "experts", "gating", "implementation", "operators", "packed", "released", "speed")
+    },
     "triton": {"field.fused_experts", "field.fused_kernels"},
-    "transformers": {"field.hf_experts"},
+    "transformers": {"field.hf_experts"}
+    | {f"transformers.{name}" for name in ("__init__", "implementation", "operators", "serve", "speed")},
     "onnx": {"bench.contenders.onnx_layer"},
     "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),
