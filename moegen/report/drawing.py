@@ -290,12 +290,17 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width)) or text
 
 
-def heading(figure: Figure, title: str, more: str) -> None:
-    """A title over all panels, and a line or two about them under it."""
-    lines = wrapped(more, int(figure.get_figwidth() * 13))
-    figure.suptitle(wrapped(title, int(figure.get_figwidth() * 9)), x=0.02, ha="left", fontsize=12.5, fontweight="bold")
-    figure.supxlabel(lines, x=0.02, ha="left", fontsize=8.5, color=MUTED)
-    _grow(figure, 0.35 + 0.15 * (lines.count("\n") + 1))
+def heading(figure: Any, title: str, more: str) -> None:
+    """A title over all panels and some lines about them under it; the last thing that is drawn."""
+    width, points = figure.get_figwidth(), 1 / 72
+    title, more = wrapped(title, int(width * 9)), wrapped(more, int(width * 14))
+    title_inches, more_inches = ((text.count("\n") + 1) * size * points for text, size in ((title, 16), (more, 12)))
+    _grow(figure, title_inches + more_inches + 0.15)
+    height = figure.get_figheight()
+    with matplotlib.rc_context(_SETTINGS):
+        figure.text(0.12 / width, 1 - 0.1 / height, title, va="top", fontsize=12.5, fontweight="bold")
+        figure.text(0.12 / width, 1 - (0.12 + title_inches) / height, more, va="top", fontsize=8.5, color=MUTED)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (title_inches + more_inches + 0.15) / height))
 
 
 def _grow(figure: Any, inches: float) -> None:

@@ -26,6 +26,7 @@ from .outcomes import Outcome, Played
 Call = Callable[[HostArray, HostArray], None]
 _STRIDE = 997  # between the first rows of neighbouring requests: a prime, so that requests differ
 _KEPT_OF_A_REQUEST = 8
+_LEAST_NAP_SECONDS = 1e-6
 _NAP_SECONDS = 0.02  # at most so long without looking whether to stop
 
 
@@ -138,7 +139,7 @@ class Batcher:
             if not active:
                 if arrivals.exhausted:
                     break
-                sleep(min(arrivals.seconds_to_next, _NAP_SECONDS))
+                sleep(min(max(arrivals.seconds_to_next, _LEAST_NAP_SECONDS), _NAP_SECONDS))
                 continue
             self._step(active, arrivals, keep, kept)
             active = [request for request in active if request.outcome.ended_s is None]

@@ -21,8 +21,8 @@ _PANELS = {
 }
 _SHORTEST_SECONDS = 1e-6  # on a logarithmic axis: tokens that came in one piece have no time between them
 _HOW_TO_READ = (
-    "Left of a curve's point is that share of samples; dots are P50, P95 and P99, where there are enough samples for them. "
-    "Times count from when a request was due. Dotted: the objective. Crosses: failures, when they ended. "
+    "A curve says which share of the samples took at most so long, on a logarithmic axis; its dots are P50, P95 and P99, where there "
+    "are enough samples for them. Times count from when a request was due."
 )
 
 Json = Mapping[str, Any]
@@ -46,9 +46,20 @@ def draw(document: Json) -> bytes:
     drawing.contender_legend(figure, known, known)
     target = document["target"]
     name = f"{target['model']} at {target['url']}" if target["kind"] == SERVER else f"{target['name']} {target['config']['dtype']}"
-    cut = " Interrupted: this is what was measured until then." if document["interrupted"] else ""
-    drawing.heading(figure, name, f"{load_words(document['load'])}. {_HOW_TO_READ}{cut}")
+    drawing.heading(figure, name, " ".join([f"{load_words(document['load'])}.", _HOW_TO_READ, *_remarks(document)]))
     return drawing.png(figure)
+
+
+def _remarks(document: Json) -> list[str]:
+    """What is only to be said of some pictures."""
+    failed = any(entry["summary"] is not None and entry["summary"]["failed"] for entry in document["contenders"])
+    said = {
+        "The dotted line is the objective.": document["objective"],
+        "Crosses are failures, at the time when they ended.": failed,
+        "Requests under way are those of the first round.": document["rounds"] > 1,
+        "Interrupted: this is what was measured until then.": document["interrupted"],
+    }
+    return [sentence for sentence, holds in said.items() if holds]
 
 
 def _distribution(axes: Axes, shown: Sequence[Json], latency: str, known: Mapping[str, Style], limit: float | None) -> None:
@@ -89,8 +100,10 @@ def _timeline(axes: Axes, shown: Sequence[Json], known: Mapping[str, Style]) -> 
         axes.step([at for at, _ in steps], [count for _, count in steps], where="post", color=style.colour, linewidth=1.3)
         most = max(most, *(count for _, count in steps), 1)
         failed = [request["ended_s"] for request in requests if request["status"] == FAILED]
-        axes.plot(failed, [0] * len(failed), linestyle="none", marker="x", color=style.colour, markersize=6, clip_on=False)
+        if failed:  # an empty line that is not clipped takes all the room that there is
+            axes.plot(failed, [0] * len(failed), linestyle="none", marker="x", color=style.colour, markersize=6, clip_on=False)
     axes.set_ylim(0, most * 1.08)
+    axes.set_xlim(left=0)
     drawing.whole_numbers(axes.yaxis)
     if not any(entry["turns"][0]["requests"] for entry in shown):
         _nothing(axes, "no requests")
