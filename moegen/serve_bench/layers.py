@@ -42,21 +42,20 @@ class Player(Process):
         Raises:
             WorkerLost: it crashed, or said nothing for too long.
         """
-        interrupted = False
+        interrupted, reply = False, dict[str, Any]()
         with self.awake():
             self.tell("play", **arguments)
-            while True:
+            while not reply or "ended" in reply:
                 try:
                     reply = self.hear()
+                    if "ended" in reply:
+                        report(reply["ended"])
                 except KeyboardInterrupt:
                     if interrupted:
                         raise
                     interrupted = True
                     self.signal(signal.SIGINT)
-                    continue
-                if "ended" not in reply:
-                    return reply | {"interrupted": True} if interrupted and "error" not in reply else reply
-                report(reply["ended"])
+        return reply | {"interrupted": True} if interrupted and "error" not in reply else reply
 
 
 @dataclasses.dataclass
