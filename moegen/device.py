@@ -231,8 +231,7 @@ class DeviceLayer:
         rows = self._rows(x, "x")
         made = self._empty_routing(rows)
         source = rows.data if jitter is None else self._jittered(x, jitter)
-        with _Workspace(self, rows) as workspace:
-            self._functions["route"](source, self.packed, workspace, 0, *made)
+        self._run("route", rows, (source,), made)
         return self._routing(rows, made)
 
     def experts(self, x: Any, ids: Any, weights: Any) -> Any:
@@ -253,15 +252,29 @@ class DeviceLayer:
         chosen = rows.kind.table(ids, "ids", "int32", (tokens, self.config.top_k))
         factors = rows.kind.table(weights, "weights", "float32", (tokens, self.config.top_k))
         out = rows.kind.empty(tuple(rows.data.shape), self.config.dtype)
-        with _Workspace(self, rows) as workspace:
-            self._functions["experts"](rows.data, chosen, factors, out, self.packed, workspace, 0)
+        self._run("experts", rows, (rows.data, chosen, factors, out))
         return rows.kind.result(out, rows.shape, self.config.dtype)
+
+    def run(self, name: str, workspace: Any, given: tuple[Any, ...], made: tuple[Any, ...] = ()) -> None:
+        """One call of the library's `moe_<name>`, for callers who checked and made everything themselves.
+
+        Args:
+            name: `forward`, `route` or `experts`.
+            workspace: at least `workspace_bytes(tokens)` bytes of the device's memory that nothing else uses meanwhile.
+            given: the arguments before the packed weights, as `moegen inspect` shows them: what tvm-ffi takes as tensors,
+                contiguous, on the layer's device and of its dtype.
+            made: those after the pool, likewise.
+        """
+        self._functions[name](*given, self.packed, workspace, 0, *made)
 
     # ---------------------------------------------------------------- inside
 
     def _forward(self, rows: _Rows, out: Any, jittered: Any, made: tuple[Any, ...]) -> None:
+        self._run("forward", rows, (rows.data, jittered, out), made)
+
+    def _run(self, name: str, rows: _Rows, given: tuple[Any, ...], made: tuple[Any, ...] = ()) -> None:
         with _Workspace(self, rows) as workspace:
-            self._functions["forward"](rows.data, jittered, out, self.packed, workspace, 0, *made)
+            self.run(name, workspace, given, made)
 
     def _rows(self, x: Any, name: str, writing: bool = False) -> _Rows:
         kind = kind_of(x, name, self.module)

@@ -240,9 +240,7 @@ class Layer:
         out = arrays.empty_aligned(rows.data.shape, self.config.dtype)
         parts = self.module.artifact.manifest["parts"]
         seconds = arrays.empty_aligned(len(parts), np.float64)
-        workspace = self._take(len(rows.data))
-        self._functions["profile"](readable(rows.data), out, self.packed, workspace, self._pool, seconds)
-        self._give(workspace)
+        self.run("profile", len(rows.data), (readable(rows.data), out), (seconds,))
         return dict(zip(parts, seconds.tolist(), strict=True))
 
     def route(self, x: Any, *, jitter: Any = None) -> Routing:
@@ -254,11 +252,8 @@ class Layer:
         rows = self._rows(x, "x")
         jittered = self._jittered(rows, jitter)
         made = self._empty_routing(len(rows.data))
-        workspace = self._take(len(rows.data))
-        ids, weights, load, stats = made
         source = rows.data if jittered is None else jittered
-        self._functions["route"](readable(source), self.packed, workspace, self._pool, ids, weights, load, stats)
-        self._give(workspace)
+        self.run("route", len(rows.data), (readable(source),), made)
         return _as_input(routing_of(*made), x)
 
     def experts(self, x: Any, ids: Any, weights: Any) -> Any:
@@ -277,24 +272,35 @@ class Layer:
         chosen = self._ids(ids, tokens)
         factors = _ready(arrays.to_float32(self._shaped(weights, "weights", tokens)))
         out = arrays.empty_aligned(rows.data.shape, self.config.dtype)
+        self.run("experts", tokens, (readable(rows.data), readable(chosen), readable(factors), out))
+        return arrays.like_input(out.reshape(rows.shape), self.config.dtype, x)
+
+    def run(self, name: str, tokens: int, given: tuple[Any, ...], made: tuple[Any, ...] = ()) -> None:
+        """One call of the library's `moe_<name>`, for callers who checked and made everything themselves.
+
+        Args:
+            name: `forward`, `route`, `experts` or `profile`.
+            tokens: T, at least 1.
+            given: the arguments before the packed weights, as `moegen inspect` shows them: what tvm-ffi takes as tensors,
+                contiguous, at multiples of 64 bytes, of the layer's dtype.
+            made: those after the pool, likewise.
+
+        Raises:
+            InputError: an id is out of range.
+        """
         workspace = self._take(tokens)
         try:
-            self._functions["experts"](
-                readable(rows.data), readable(chosen), readable(factors), out, self.packed, workspace, self._pool
-            )
+            self._functions[name](*given, self.packed, workspace, self._pool, *made)
         except ValueError as reason:  # an id out of range
             raise InputError(_first_line(reason)) from None
         self._give(workspace)
-        return arrays.like_input(out.reshape(rows.shape), self.config.dtype, x)
 
     # ---------------------------------------------------------------- inside
 
     def _forward(self, rows: _Rows, out: Array, jittered: Array | None, with_routing: bool) -> Routing | None:
         made = self._empty_routing(len(rows.data)) if with_routing else (None, None, None, None)
-        workspace = self._take(len(rows.data))
         router_input = None if jittered is None else readable(jittered)
-        self._functions["forward"](readable(rows.data), router_input, out, self.packed, workspace, self._pool, *made)
-        self._give(workspace)
+        self.run("forward", len(rows.data), (readable(rows.data), router_input, out), made)
         return routing_of(*made) if with_routing else None
 
     def _rows(self, x: Any, name: str) -> _Rows:

@@ -41,6 +41,7 @@ ORDER = (
     ("device_arrays",),
     ("device",),
     ("runtime",),
+    ("torch",),
     ("verification",),
     ("emission",),
     ("schedules",),
@@ -54,6 +55,7 @@ ORDER = (
     ("builder",),
     ("batch",),
     ("display",),
+    ("transformers",),
     ("presets",),
     ("options",),
     ("bench",),
@@ -150,6 +152,21 @@ INSIDE = {
         ("__init__",),
         ("command",),
     ),
+    "torch": (
+        ("handles",),
+        ("ops",),
+        ("bound",),
+        ("__init__",),
+    ),
+    "transformers": (
+        ("building", "gating", "released"),
+        ("experts",),
+        ("packed",),
+        ("operators",),
+        ("implementation",),
+        ("serve", "speed"),
+        ("__init__",),
+    ),
     "report": (
         ("readings",),
         ("drawing", "tables"),
@@ -189,9 +206,15 @@ FOREIGN_ONLY_IN = {
     "tqdm": {"bench.command", "cli", "serve_bench.command", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
-    | {f"field.{name}" for name in ("torch_experts", "truth", "worker")},
+    | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
+    | {f"torch.{name}" for name in ("bound", "ops")}
+    | {
+        f"transformers.{name}"
+        for name in ("__init__", "experts", "gating", "implementation", "operators", "packed", "released", "speed")
+    },
     "triton": {"field.fused_experts", "field.fused_kernels"},
-    "transformers": {"field.hf_experts"},
+    "transformers": {"field.hf_experts"}
+    | {f"transformers.{name}" for name in ("__init__", "implementation", "operators", "serve", "speed")},
     "openai": {"serve_bench.client"},
     "httpx2": {"serve_bench.client"},
     "onnx": {"bench.contenders.onnx_layer"},

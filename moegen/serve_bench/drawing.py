@@ -21,8 +21,8 @@ _PANELS = {
 }
 _SHORTEST_SECONDS = 1e-6  # on a logarithmic axis: tokens that came in one piece have no time between them
 _HOW_TO_READ = (
-    "A curve says which share of the samples took at most so long, on a logarithmic axis; its dots are P50, P95 and P99, where there "
-    "are enough samples for them. Times count from when a request was due."
+    "A curve says which share of the samples took at most so long, on a logarithmic axis; its dots are P50, P95 and P99, where "
+    "there are enough samples for them. Times count from when a request was due."
 )
 
 Json = Mapping[str, Any]
