@@ -148,6 +148,7 @@ def test_a_duration_ends_an_open_loop() -> None:
         ({"rate_per_s": 1.0, "requests": 1, "output": "0"}, "output=0"),
         ({"rate_per_s": 1.0, "trace": "x.jsonl"}, "one of them"),
         ({"trace": "nowhere.jsonl"}, "cannot read the trace"),
+        ({"rate_per_s": 1.0, "duration_s": 1e-9}, "no request comes within"),
     ],
 )
 def test_loads_that_cannot_be_sent(fields: dict[str, Any], words: str) -> None:
@@ -569,6 +570,7 @@ def test_the_command_writes_results_and_a_picture(tiny: Subject, tmp_path: pathl
         (["olmoe", "--rate", "0"], "rate=0.0 must be"),
         (["olmoe", "--prompt", "9-1"], "empty range"),
         (["olmoe", "--json", "no/such/folder/a.json"], "there is no folder"),
+        (["olmoe", "--picture", "/"], "it is a folder"),
         (["--url", "http://x/v1", "--extra-body", "[1]"], "must be an object"),
         (["olmoe", "--max-batch-tokens", "8", "--max-requests", "9"], "do not fit"),
     ],

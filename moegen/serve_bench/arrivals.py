@@ -116,8 +116,8 @@ def check(load: Load) -> None:
     if load.requests is None and load.duration_s is None and load.trace is None:
         raise MeasureError("nothing ends the run: give a number of requests or a duration")
     parse("prompt", load.prompt), parse("output", load.output)
-    if load.trace is not None:
-        _check_trace(pathlib.Path(load.trace), load)
+    if load.is_open and next(load.planned(), None) is None:
+        raise MeasureError(f"no request comes within duration={load.duration_s} s: give a longer one")
 
 
 # ---------------------------------------------------------------- drawn
@@ -184,11 +184,6 @@ def _field(where: str, entry: Mapping[str, Any], names: tuple[str, str]) -> tupl
     if name is None:
         raise MeasureError(f"{where} has no {names[0]} (nor {names[1]})")
     return name, entry[name]
-
-
-def _check_trace(path: pathlib.Path, load: Load) -> None:
-    if next(load.planned(), None) is None:
-        raise MeasureError(f"no request of {str(path)!r} comes within duration={load.duration_s}")
 
 
 def write_trace(path: str | os.PathLike[str], load: Load) -> int:

@@ -101,17 +101,17 @@ def serve_bench(what: str | None, json_file: pathlib.Path | None, picture: pathl
     target = _server(what, options) if options["url"] is not None else _layer(what, options)
     asked = _asked(options)
     for file in (json_file, picture):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise MeasureError(f"there is no folder {str(file.absolute().parent)!r} for {file.name}: make it first")
+        if file is not None:
+            _check_writable(file)
     if picture is not None:
         from . import drawing  # before anything is measured: what draws may be missing
     from . import printing, results, run
 
     with _watch(asked.load.requests) as watch:
         document = run.serve_bench(target, asked, watch)
+    click.echo("\n".join(printing.lines(document)))
     if json_file is not None:
         write_document(document, json_file)
-    click.echo("\n".join(printing.lines(document)))
     if picture is not None:
         picture.write_bytes(drawing.draw(json.loads(as_json_text(document))))
     for file in (json_file, picture):
@@ -121,6 +121,15 @@ def serve_bench(what: str | None, json_file: pathlib.Path | None, picture: pathl
         raise KeyboardInterrupt
     if sentence := _failure(results.ours(document)):
         raise MeasureError(sentence)
+
+
+def _check_writable(file: pathlib.Path) -> None:
+    """Before anything is measured: a result that cannot be kept would be lost."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise MeasureError(f"there is no folder {str(folder)!r} for {file.name}: make it first")
+    if file.is_dir() or not os.access(folder, os.W_OK):
+        raise MeasureError(f"{str(file)!r} cannot be written: it is a folder, or in one that is read-only")
 
 
 def _failure(own: Any) -> str:

@@ -118,6 +118,9 @@ def check(target: ServerTarget | LayerTarget, asked: LoadRequest) -> None:
 
 
 def _check_layer(target: LayerTarget) -> None:
+    made = target.subject.artifact
+    if made is not None and made.target.kind != "llvm":
+        raise MeasureError(f"{made.name} is for {made.target.kind}: loads are played through layers for processors only")
     check_limits(target.limits)
     chosen_families(target.against)
     if target.routing not in ROUTINGS:
