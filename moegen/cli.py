@@ -38,6 +38,7 @@ from .display import (
 from .errors import MoegenError
 from .options import layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
 from .report.command import report
+from .serve_bench.command import serve_bench
 from .tune.command import tune
 from .version import __version__
 
@@ -469,6 +470,7 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
 
 main.add_command(bench)
 main.add_command(report)
+main.add_command(serve_bench)
 main.add_command(tune)
 
 

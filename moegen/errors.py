@@ -84,3 +84,8 @@ def without_pictures(missing: ModuleNotFoundError) -> ReportError:
 def without_rpc(missing: ModuleNotFoundError) -> MeasureError:
     """What to say when a package of the `[rpc]` extra is not installed."""
     return MeasureError(f"measuring on other machines needs TVM's RPC ({missing.name} is not installed): pip install 'moegen[rpc]'")
+
+
+def without_client(missing: ModuleNotFoundError) -> MeasureError:
+    """What to say when a package of the `[serving]` extra is not installed."""
+    return MeasureError(f"asking a server needs a client ({missing.name} is not installed): pip install 'moegen[serving]'")

@@ -62,6 +62,7 @@ ORDER = (
     ("field",),
     ("tune",),
     ("report",),
+    ("serve_bench",),
     ("cli",),
     ("__main__",),
 )
@@ -73,7 +74,7 @@ INSIDE = {
         ("contenders",),
         ("request",),
         ("measure",),
-        ("results",),
+        ("preparing", "results"),
         ("printing",),
         ("run",),
         ("__init__",),
@@ -138,6 +139,19 @@ INSIDE = {
         ("__init__",),
         ("__main__",),
     ),
+    "serve_bench": (
+        ("sizes", "outcomes"),
+        ("arrivals", "summary"),
+        ("batching",),
+        ("request",),
+        ("client", "worker"),
+        ("layers",),
+        ("results",),
+        ("printing",),
+        ("drawing", "run"),
+        ("__init__",),
+        ("command",),
+    ),
     "torch": (
         ("handles",),
         ("opening",),
@@ -193,8 +207,8 @@ FOREIGN_ONLY_IN = {
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"field.drawing", "report.drawing"},
     "PIL": {"report.drawing"},
-    "click": {"bench.command", "cli", "options", "report.command", "tune.command", "tune.shelf"},
-    "tqdm": {"bench.command", "cli", "tune.command"},
+    "click": {"bench.command", "cli", "options", "report.command", "serve_bench.command", "tune.command", "tune.shelf"},
+    "tqdm": {"bench.command", "cli", "serve_bench.command", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
     | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
@@ -206,6 +220,8 @@ FOREIGN_ONLY_IN = {
     "triton": {"field.fused_experts", "field.fused_kernels"},
     "transformers": {"field.hf_experts"}
     | {f"transformers.{name}" for name in ("__init__", "implementation", "operators", "serve", "speed")},
+    "openai": {"serve_bench.client"},
+    "httpx2": {"serve_bench.client"},
     "onnx": {"bench.contenders.onnx_layer"},
     "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),

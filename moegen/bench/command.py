@@ -81,7 +81,7 @@ def bench(what: tuple[str, ...], listing: bool, **options: Any) -> None:
     if listing:
         click.echo(_listing())
         return
-    subjects = _subjects(what, options)
+    subjects = named_subjects(what, options)
     from . import results, run  # here, because other commands import this module too
 
     json_file, csv_file = options["json_file"], options["csv_file"]
@@ -109,8 +109,12 @@ def _listing() -> str:
     return f"{layers}\n\n{table(('contender', 'available', 'what it does'), contenders)}"
 
 
-def _subjects(what: tuple[str, ...], options: dict[str, Any]) -> list[Subject]:
-    """The layers that a command line names."""
+def named_subjects(what: tuple[str, ...], options: dict[str, Any]) -> list[Subject]:
+    """The layers that a command line names: presets and artifacts, or one described by the options that `field_options` makes.
+
+    Args:
+        options: of the command; those that describe a layer are taken out of it.
+    """
     given, model, dtypes = take_given(options), options.pop("model"), options.pop("dtypes")
     many = {"dtype": dtypes} if dtypes else {}
     if not what:

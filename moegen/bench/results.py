@@ -28,7 +28,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..display import as_json_text
@@ -55,15 +55,16 @@ def new_document() -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"moegen": __version__, "python": platform.python_version()} | _installed(),
+        "versions": {"moegen": __version__, "python": platform.python_version()} | installed(_PACKAGES),
         "machine": dataclasses.asdict(this_machine()),
         "runs": [],
     }
 
 
-def _installed() -> dict[str, str]:
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
     found = {}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

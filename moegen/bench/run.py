@@ -6,29 +6,23 @@ measures point after point. Results are plain JSON values, see `moegen.bench.res
 
 from __future__ import annotations
 
-import os
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from .. import artifact as artifacts
 from ..artifact import Artifact
 from ..config import MoEConfig
-from ..display import size
 from ..errors import MeasureError
-from ..machine import available_bytes
-from ..presets import Fitted, fitted, weight_bytes
+from ..presets import Fitted, weight_bytes
 from ..target import usable_processors
 from . import results, workload
 from .ceilings import Probe
 from .contenders.family import Settings
-from .contenders.roster import OURS, chosen_families, weight_copies
+from .contenders.roster import OURS, chosen_families
 from .contenders.team import Team
 from .measure import Report, measure_point
+from .preparing import compiled, fit_into_memory
 from .request import Request, Subject, check
-
-_MEMORY_FRACTION = 0.8
 
 
 class Watch:
@@ -75,14 +69,14 @@ def bench(
 
 def _run(subject: Subject, asked: Request, routing: str, threads: int, document: dict[str, Any], watch: Watch) -> None:
     families = chosen_families(asked.against)
-    fit = _fit(subject, families, asked)
+    fit = fit_into_memory(subject, families, asked.memory_bytes)
     earlier = _earlier(document, fit.config, threads, routing, asked.seed)
     todo = [t for t in asked.tokens if earlier is None or t not in [p["tokens"] for p in earlier["points"]]]
     watch.step("", (len(asked.tokens) - len(todo)) * asked.effort.rounds)
     if not todo:
         return
     watch.step(f"building {subject.label}")
-    made, build_seconds = _built(subject, fit.config, asked.store)
+    made, build_seconds = compiled(subject, fit.config, asked.store)
     with workload.temporary_folder(weight_bytes(fit.config)) as folder:
         watch.step(f"drawing the weights of {subject.label}")
         workload.make(folder, fit.config, routing, asked.seed)
@@ -132,39 +126,11 @@ def _reporting(watch: Watch, where: str) -> Report:
     return lambda what, turns: watch.step(what and f"{where}: {what}", turns)
 
 
-def _fit(subject: Subject, families: dict[str, list[str]], asked: Request) -> Fitted:
-    """The layer as it can be measured here. Only presets are made smaller: a layer of the user's own is measured as it is."""
-    copies = weight_copies(families, subject.config)
-    budget = asked.memory_bytes if asked.memory_bytes is not None else int(available_bytes() * _MEMORY_FRACTION)
-    if subject.preset is not None and subject.artifact is None:
-        return fitted(subject.config, copies, budget)
-    needed = weight_bytes(subject.config) * copies
-    if needed > budget:
-        raise MeasureError(
-            f"{subject.label} needs {size(round(needed))} for {copies:g} copies of its weights, {size(budget)} may be used: "
-            "measure fewer contenders (--against) or allow more memory (--memory-gb)"
-        )
-    return Fitted(subject.config, {}, "")
-
-
 def _earlier(document: dict[str, Any], config: MoEConfig, threads: int, routing: str, seed: int) -> dict[str, Any] | None:
     """The run of the document that measured the same."""
     key = (config.to_dict(), threads, routing, seed)
     same = (run for run in document["runs"] if (run["config"], run["threads"], run["routing"], run["seed"]) == key)
     return next(same, None)
-
-
-def _built(subject: Subject, config: MoEConfig, store: str | os.PathLike[str] | None) -> tuple[Artifact, float | None]:
-    """The compiled layer, and how long building took; None when it was there."""
-    if subject.artifact is not None:
-        return subject.artifact, None
-    from ..builder import build  # here, because measuring an artifact needs no compiler
-
-    before = {a.path: a.manifest["manifest_sha256"] for a in artifacts.list_artifacts(store) if isinstance(a, Artifact)}
-    start = time.perf_counter()
-    made = build(config, out=store)
-    seconds = time.perf_counter() - start
-    return made, None if before.get(made.path) == made.manifest["manifest_sha256"] else seconds
 
 
 def _new_run(

@@ -261,6 +261,25 @@ def study(folder: pathlib.Path, tokens: int) -> tuple[Work, Checks]:
     return work, Checks(rows, expected, whole)
 
 
+def answers(folder: pathlib.Path, x: Array) -> Checks:
+    """The right outputs of tokens that are no batch of the workload.
+
+    Args:
+        x: float32 [T, H], as the layer stores them.
+
+    Returns:
+        One batch of checks: the indices of those that are not near a tie of the router, and what their outputs should be.
+    """
+    config, weights = read_layer(folder), read_weights(folder)
+    router = {name: to_float32(array) for name, array in weights.items() if name.startswith("router.")}
+    rows = _settled(config, router, x, len(x))
+    routing = reference.route(config, router, x[rows])
+    factors = routing.weights * routing.kept
+    expected = _outputs(config, weights, x[rows], routing.ids, factors)
+    whole = _outputs(config.whole, weights, x[rows], routing.ids, factors) if config.low_bit else expected
+    return Checks([rows], [expected], [whole])
+
+
 def _work(config: MoEConfig, routings: Sequence[reference.Routing], tokens: int) -> Work:
     c, projections = config, 3 if config.gated else 2
     active = float(np.mean([len(np.unique(r.ids[r.kept])) for r in routings]))

@@ -175,22 +175,23 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def log_numbers(axis: Axis, at_least: tuple[float, float] | None = None) -> None:
-    """A logarithmic y axis around all that is drawn, with three to nine numbers on it.
+    """A logarithmic axis around all that is drawn, with three to nine numbers on it.
 
     Args:
         at_least: values that the axis has to hold.
     """
-    axes = axis.axes
-    axes.set_yscale("log")
+    axes: Any = axis.axes
+    name = "x" if axis is axes.xaxis else "y"
+    axes.set(**{f"{name}scale": "log"})
     axes.autoscale_view()
-    low, high = axes.dataLim.intervaly
+    low, high = getattr(axes.dataLim, f"interval{name}")
     if not 0 < low <= high < math.inf:
         low, high = 0.5, 2.0
     if at_least is not None:
         low, high = min(low, at_least[0]), max(high, at_least[1])
     margin = max((high / low) ** 0.07, 1.12)
     low, high = low / margin, high * margin
-    axes.set_ylim(low, high)
+    axes.set(**{f"{name}lim": (low, high)})
     axis.set_major_locator(FixedLocator(_round_numbers(low, high)))
     plain_numbers(axis)
 
@@ -287,6 +288,19 @@ def brief(name: str, most: int = 36) -> str:
 
 def wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width)) or text
+
+
+def heading(figure: Any, title: str, more: str) -> None:
+    """A title over all panels and some lines about them under it; the last thing that is drawn."""
+    width, points = figure.get_figwidth(), 1 / 72
+    title, more = wrapped(title, int(width * 9)), wrapped(more, int(width * 14))
+    title_inches, more_inches = ((text.count("\n") + 1) * size * points for text, size in ((title, 16), (more, 12)))
+    _grow(figure, title_inches + more_inches + 0.15)
+    height = figure.get_figheight()
+    with matplotlib.rc_context(_SETTINGS):
+        figure.text(0.12 / width, 1 - 0.1 / height, title, va="top", fontsize=12.5, fontweight="bold")
+        figure.text(0.12 / width, 1 - (0.12 + title_inches) / height, more, va="top", fontsize=8.5, color=MUTED)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (title_inches + more_inches + 0.15) / height))
 
 
 def _grow(figure: Any, inches: float) -> None:

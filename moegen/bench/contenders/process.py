@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ...paths import PACKAGE
 from .family import Settings
 from .roster import FAMILIES
 
-_WORKER = "moegen.bench.contenders.worker"
 _LEAST_START_SECONDS = 120.0  # importing a library on a busy machine
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -38,13 +38,15 @@ class Process:
         WorkerLost: it did not start.
     """
 
+    worker = "moegen.bench.contenders.worker"
+
     def __init__(self, family: str, settings: Settings, patience_seconds: float) -> None:
         self.patience_seconds = patience_seconds
         self._log = settings.folder / f"worker-{family}.log"
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         told = json.dumps({"folder": str(settings.folder), "threads": settings.threads, "artifact": settings.artifact})
-        command = [sys.executable, "-m", _WORKER, FAMILIES[family].module, told, str(requests), str(replies)]
+        command = [sys.executable, "-m", self.worker, FAMILIES[family].module, told, str(requests), str(replies)]
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -65,7 +67,7 @@ class Process:
         except BaseException:
             self.close()
             raise
-        self._signal(signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
         """Wakes the worker, asks, and stops it again.
@@ -76,21 +78,43 @@ class Process:
         Raises:
             WorkerLost: it crashed, or did not answer in time.
         """
-        self._signal(signal.SIGCONT)
+        with self.awake():
+            self.tell(request, **arguments)
+            return self.hear()
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """The worker runs inside this block only; an error ends it."""
+        self.signal(signal.SIGCONT)
         try:
-            with contextlib.suppress(BrokenPipeError):  # the missing reply says why
-                os.write(self._requests, (json.dumps({"ask": request, **arguments}) + "\n").encode())
-            reply = self._reply(self.patience_seconds)
+            yield
         except BaseException:
             self.close()
             raise
-        self._signal(signal.SIGSTOP)
-        return reply
+        self.signal(signal.SIGSTOP)
+
+    def tell(self, request: str, **arguments: Any) -> None:
+        """Sends a request to the worker, which is awake."""
+        with contextlib.suppress(BrokenPipeError):  # the missing reply says why
+            os.write(self._requests, (json.dumps({"ask": request, **arguments}) + "\n").encode())
+
+    def hear(self) -> dict[str, Any]:
+        """The next line of the worker's, which is awake.
+
+        Raises:
+            WorkerLost: it crashed, or said nothing for too long.
+        """
+        return self._reply(self.patience_seconds)
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the worker and what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
 
     def close(self) -> None:
         """Ends the process and what it started."""
         if self._process.poll() is None or self._requests >= 0:
-            self._signal(signal.SIGKILL)
+            self.signal(signal.SIGKILL)
         self._process.wait()
         for descriptor in (self._requests, self._replies):
             with contextlib.suppress(OSError):
@@ -116,10 +140,6 @@ class Process:
         said = _last_line(self._log)
         how = f"crashed with {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"{how}{f' ({said})' if said else ''}"
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -13,8 +13,8 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,11 +23,14 @@ from ...machine import end_with_parent
 from ..workload import read_batches
 from .family import Family, Settings, poison
 
+Say = Callable[[dict[str, Any]], None]  # sends a line to whoever asks
 _SLOW_SECONDS = 0.5  # a call so long needs no warming up, and one batch of it is checked
 
 
 class Worker:
     """A family, the batches of the point that is being measured, and where each contender stands in them."""
+
+    answers = ("point", "check", "time", "profile")
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -97,10 +100,20 @@ def _aligned(batch: HostArray) -> HostArray:
     return HostArray(own, batch.dtype)
 
 
-def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
-    asked = {"point": worker.point, "check": worker.check, "time": worker.time, "profile": worker.profile}
+class Hosted(Protocol):
+    """What answers requests: a method for each name in `answers`, with the request's arguments."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Names of the methods that may be asked for."""
+
+
+def _answer(worker: Hosted, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return asked[request.pop("ask")](**request)  # type: ignore[operator, no-any-return]
+        name = request.pop("ask")
+        assert name in worker.answers, name
+        answer: dict[str, Any] = getattr(worker, name)(**request)
+        return answer
     except Exception as error:  # a library may raise anything: it is reported, and the others of the family go on
         return {"error": _sentence(error)}
 
@@ -116,8 +129,12 @@ def _open(module: str, settings: dict[str, Any]) -> Family:
     return family
 
 
-def main() -> None:
-    """Opens the family, says what it can do, and answers until the requests end."""
+def main(hosted: Callable[[Family, Say], Hosted] = lambda family, say: Worker(family)) -> None:
+    """Opens the family, says what it can do, and answers until the requests end.
+
+    Args:
+        hosted: makes what answers of the family and of what sends lines of its own.
+    """
     end_with_parent()  # a stopped worker must not outlive a killed benchmark
     module, settings, requests, replies = sys.argv[1:5]
     with os.fdopen(int(requests)) as incoming, os.fdopen(int(replies), "w", buffering=1) as outgoing:
@@ -127,8 +144,8 @@ def main() -> None:
             print(json.dumps({"error": _sentence(error)}), file=outgoing)
             return
         said = {"calls": list(family.calls), "obstacles": family.obstacles, "facts": family.facts()}
+        worker = hosted(family, lambda line: print(json.dumps(line), file=outgoing))
         print(json.dumps(said), file=outgoing)
-        worker = Worker(family)
         for line in incoming:
             print(json.dumps(_answer(worker, json.loads(line))), file=outgoing)
 
