@@ -29,11 +29,19 @@ class Packer:
         function: the library's `moe_pack`.
         pool: the library's thread pool to pack with.
         blob: an existing buffer to write to; None makes one.
+        owner: of the pool, which goes when it goes; kept as long as this.
     """
 
-    def __init__(self, manifest: Mapping[str, Any], function: Callable[..., Any], pool: int, blob: Array | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Mapping[str, Any],
+        function: Callable[..., Any],
+        pool: int,
+        blob: Array | None = None,
+        owner: object = None,
+    ) -> None:
         self.config = MoEConfig.from_dict(manifest["config"])
-        self.function, self.pool = function, pool
+        self.function, self.pool, self.owner = function, pool, owner
         self.blob = arrays.empty_aligned(int(manifest["packed_bytes"]), np.uint8) if blob is None else blob
         self.segments = {segment["name"]: (index, segment) for index, segment in enumerate(manifest["segments"])}
 

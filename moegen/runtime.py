@@ -135,7 +135,7 @@ class Module:
 
     def packer(self, threads: int, blob: Array | None = None) -> Packer:
         """What packs weights for this module."""
-        return Packer(self.artifact.manifest, self.functions["pack"], self.pool(threads), blob)
+        return Packer(self.artifact.manifest, self.functions["pack"], self.pool(threads), blob, self)
 
     def layer(self, packed: Array) -> Layer:
         """The layer with weights that a packer packed."""
