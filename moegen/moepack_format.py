@@ -147,9 +147,11 @@ def _parsed(text: bytes, path: str) -> Header:
         config = MoEConfig.from_dict(raw["config"])
         segments = tuple(PackedSegment(**{**s, "shape": tuple(s["shape"]), "sha256": tuple(s["sha256"])}) for s in raw["segments"])
         header = Header(**{**raw, "config": config, "segments": segments})
+    except ConfigError as error:
+        reason = str(error).partition(";")[0]
+        raise _bad(path, f"its header has a layer that this moegen does not know ({reason})") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        newer = f"unknown to this moegen ({error})" if isinstance(error, ConfigError) else f"malformed ({type(error).__name__})"
-        raise _bad(path, f"its header is {newer}") from error
+        raise _bad(path, f"its header is malformed ({type(error).__name__})") from error
     if problem := next(_problems(header), None):
         raise _bad(path, problem)
     return header

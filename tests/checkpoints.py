@@ -1,4 +1,4 @@
-"""Checkpoints as files, and in few bits, packed code by code with Python's integers; nothing here is shared with what reads them."""
+"""Checkpoints: as files, and in few bits, packed code by code with Python's integers; nothing is shared with what reads them."""
 
 from __future__ import annotations
 

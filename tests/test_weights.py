@@ -480,6 +480,7 @@ def test_codes_cannot_be_turned():
 
 # ---------------------------------------------------------------- safetensors
 
+
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16, np.float64])
 def test_safetensors(tmp_path, dtype):
     w = {name: array.astype(dtype) for name, array in W.items()}
