@@ -27,6 +27,7 @@ from .config import MoEConfig
 from .cuda import making, planning, proof
 from .cuda.planning import CudaPlan
 from .errors import ArtifactError, BuildError, MoegenError, TargetError, VerificationError
+from .packing import layout_key
 from .plan import Plan, plan, plan_from_source, versions
 from .schedules import llvm
 from .target import host_arch
@@ -227,7 +228,7 @@ def _prove(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
 
 def _manifest(todo: Plan | CudaPlan) -> dict[str, Any]:
     """What every target has."""
-    return {
+    known = {
         "schema_version": artifacts.SCHEMA_VERSION,
         "key": todo.key,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -240,6 +241,7 @@ def _manifest(todo: Plan | CudaPlan) -> dict[str, Any]:
         "source_sha256": hashlib.sha256(todo.te_source.encode()).hexdigest(),
         "verified": "pending",
     }
+    return known | {"layout": layout_key(known)}
 
 
 def _own_part(todo: Plan, functions: list[str]) -> dict[str, Any]:

@@ -36,7 +36,9 @@ from .display import (
     table,
 )
 from .errors import MoegenError
+from .moepack import is_moepack
 from .options import layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
+from .pack.command import inspect_packed, pack, verify_packed
 from .report.command import report
 from .serve_bench.command import serve_bench
 from .tune.command import tune
@@ -392,16 +394,20 @@ def inspect(
     kernel: str | None,
     as_json: bool,
 ) -> None:
-    """Show what an artifact is: layer, target, functions, weight layout, schedule, proof.
+    """Show what an artifact is: layer, target, functions, weight layout, schedule, proof; or what a packed file holds.
 
-    PATH_OR_NAME is an artifact's folder, or its name in the store, or the beginning of one.
+    PATH_OR_NAME is an artifact's folder, or its name in the store, or the beginning of one; or a file that `moegen pack` wrote.
 
     \b
-    Example:
+    Examples:
       moegen inspect moe-e8-k2-h512
+      moegen inspect layer3.moepack
       moegen inspect layers/moe-e8-k2-h512-... --te-source
       moegen inspect layers/moe-...-cuda-sm-90-... --resources
     """
+    if is_moepack(which):
+        inspect_packed(which, as_json)
+        return
     made = named_artifact(which, out)
     artifacts.check_files(made)
     if te_source or manifest:
@@ -445,12 +451,16 @@ def _inspect_kernels(made: Artifact, cuda_source: bool, ptx: bool, sass: bool, k
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and inputs. [default: a new one]")
 @json_option
 def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None:
-    """Prove an artifact again: random weights and inputs against the float64 reference.
+    """Prove an artifact again: random weights and inputs against the float64 reference. Of a packed file, compare the checksums.
 
     \b
-    Example:
+    Examples:
       moegen verify moe-e8-k2-h512 --seed 1
+      moegen verify layer3.moepack
     """
+    if is_moepack(which):
+        verify_packed(which, as_json)
+        return
     made = named_artifact(which, out)
     if made.target.kind == "cuda":
         from .cuda.proof import prove
@@ -469,6 +479,7 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
 
 
 main.add_command(bench)
+main.add_command(pack)
 main.add_command(report)
 main.add_command(serve_bench)
 main.add_command(tune)

@@ -22,6 +22,7 @@ from .artifact import Artifact
 from .config import MoEConfig
 from .device_arrays import CUDA, Kind, Torch, kind_of, torch_device
 from .errors import ArtifactError, InputError
+from .moepack import is_moepack, payload_for
 from .packing import Packer, readable
 from .routing import Routing, routing_of
 from .weights import WeightSource, resolve
@@ -68,12 +69,19 @@ class DeviceModule:
         layout: str | None = None,
         gate_up: str | None = None,
         checkpoint_format: str | None = None,
+        verify: bool = False,
     ) -> DeviceLayer:
-        """Packs weights into the device's memory, once; the arguments are those of `Module.bind`, and arrays are in host memory.
+        """Packs weights into the device's memory, once, or copies what `moegen pack` packed, straight from the map of its file.
+
+        The arguments are those of `Module.bind`, and arrays are in host memory.
 
         Raises:
-            WeightsError: a weight is missing, superfluous, or of the wrong shape or dtype.
+            WeightsError: a weight is missing, superfluous, or of the wrong shape or dtype; or the `.moepack` file is damaged or
+                was packed for another layer or layout.
         """
+        if is_moepack(weights):
+            reading = {"prefix": prefix, "layout": layout, "gate_up": gate_up, "checkpoint_format": checkpoint_format}
+            return self.layer(self.upload(payload_for(self.artifact, weights, verify, reading), "uint8"))
         source = resolve(self.config, weights, prefix, layout, gate_up, checkpoint_format)
         return self.layer(self.packer().all(source))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,11 +29,19 @@ class Packer:
         function: the library's `moe_pack`.
         pool: the library's thread pool to pack with.
         blob: an existing buffer to write to; None makes one.
+        owner: of the pool, which goes when it goes; kept as long as this.
     """
 
-    def __init__(self, manifest: Mapping[str, Any], function: Callable[..., Any], pool: int, blob: Array | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Mapping[str, Any],
+        function: Callable[..., Any],
+        pool: int,
+        blob: Array | None = None,
+        owner: object = None,
+    ) -> None:
         self.config = MoEConfig.from_dict(manifest["config"])
-        self.function, self.pool = function, pool
+        self.function, self.pool, self.owner = function, pool, owner
         self.blob = arrays.empty_aligned(int(manifest["packed_bytes"]), np.uint8) if blob is None else blob
         self.segments = {segment["name"]: (index, segment) for index, segment in enumerate(manifest["segments"])}
 
@@ -104,6 +115,50 @@ class Packer:
         """A segment that is stored as it is."""
         offset = int(self.segments[name][1]["offset_bytes"])
         self.blob[offset : offset + values.nbytes].view(np.float32)[...] = values
+
+
+class RowLayout:
+    """What a CUDA artifact's `moe_pack` does, in host memory: weights [n, k] as they are, zero-padded. Takes the same arguments.
+
+    Args:
+        manifest: the artifact's manifest, which has the segments.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any]) -> None:
+        self._segments = manifest["segments"]
+
+    def __call__(self, blob: Array, index: int, expert: int, first: Array, second: Array | None, pool: int) -> None:
+        """Puts the matrices [n, k], or vectors [n], of one expert into a buffer that is zero where nothing was written."""
+        segment = self._segments[index]
+        begin, size = int(segment["offset_bytes"]), int(segment["size_bytes"])
+        dtype = arrays.STORAGE[segment["dtype"]]
+        whole = blob[begin : begin + size].view(dtype).reshape(segment["shape"])  # [count, parts, n_padded(, k_padded)]
+        for part, given in enumerate((first, second)):
+            if given is not None:
+                whole[expert, part][tuple(slice(extent) for extent in given.shape)] = given
+
+
+def part_of(segment: str) -> str:
+    """What packs a segment of this name: `router`, `experts` or `shared`, the methods of `Packer`."""
+    if segment.startswith(("router", "correction_bias")):
+        return "router"
+    return "shared" if segment.startswith("shared_") else "experts"
+
+
+def layout_key(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that decides the bytes of packed weights: artifacts with the same key take the same buffer.
+
+    Fields of the configuration that have their default are left out, so that fields that are new change no key.
+    """
+    config = MoEConfig.from_dict(manifest["config"])
+    decisive = {
+        "packing": manifest.get("packing", 1),  # a manifest has to say so when what `moe_pack` writes ever changes
+        "target": manifest["target"]["kind"],
+        "config": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default},
+        "segments": [[s["name"], s["dtype"], list(s["shape"]), s["offset_bytes"]] for s in manifest["segments"]],
+        "packed_bytes": manifest["packed_bytes"],
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def byte_offsets(quantized: Quantized, blocks: int, length: int) -> Array:

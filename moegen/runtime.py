@@ -24,6 +24,7 @@ from .calls import Calls
 from .config import MoEConfig
 from .device import DeviceModule
 from .errors import ArtifactError, InputError
+from .moepack import is_moepack, payload_for
 from .packing import Packer, readable
 from .routing import Routing, routing_of
 from .target import usable_processors
@@ -106,27 +107,35 @@ class Module:
         gate_up: str | None = None,
         checkpoint_format: str | None = None,
         threads: int | None = None,
+        verify: bool = False,
     ) -> Layer:
-        """Packs weights into the layer's own layout, once.
+        """Packs weights into the layer's own layout, once, or maps what `moegen pack` packed.
 
         Args:
             weights: names to arrays (NumPy, torch, DLPack), or a .safetensors file, its index, or a folder with either. The
                 canonical names and those of the model types that `MoEConfig.from_hf` knows are understood. Weights of another
                 float type are rounded to the layer's, to nearest even; the correction bias stays float32. A layer in few bits takes
                 its own codes too, as `moegen.quantization.Quantized` or as checkpoints hold them (`moegen.weights`).
+                A `.moepack` file is mapped into memory, read-only, and shared with other processes that map it.
             prefix, layout, gate_up, checkpoint_format: as in `moegen.weights.resolve`.
             threads: threads of this layer; None for the module's.
+            verify: read all of a `.moepack` file and compare it with its checksums first.
 
         Raises:
-            WeightsError: a weight is missing, superfluous, or of the wrong shape or dtype.
+            WeightsError: a weight is missing, superfluous, or of the wrong shape or dtype; or the `.moepack` file is damaged or
+                was packed for another layer or layout.
         """
+        if is_moepack(weights):
+            reading = {"prefix": prefix, "layout": layout, "gate_up": gate_up, "checkpoint_format": checkpoint_format}
+            packed = payload_for(self.artifact, weights, verify, reading)
+            return Layer(self, packed, self.threads if threads is None else _threads(threads))
         source = resolve(self.config, weights, prefix, layout, gate_up, checkpoint_format)
         count = self.threads if threads is None else _threads(threads)
         return Layer(self, self.packer(count).all(source), count)
 
     def packer(self, threads: int, blob: Array | None = None) -> Packer:
         """What packs weights for this module."""
-        return Packer(self.artifact.manifest, self.functions["pack"], self.pool(threads), blob)
+        return Packer(self.artifact.manifest, self.functions["pack"], self.pool(threads), blob, self)
 
     def layer(self, packed: Array) -> Layer:
         """The layer with weights that a packer packed."""
@@ -163,6 +172,7 @@ class Layer:
         self.config = module.config
         self.threads = threads
         self.packed = packed
+        self._blob = readable(packed)
         self._functions = module.functions
         self._pool = module.pool(threads)
         self._workspaces: list[Array] = []
@@ -290,7 +300,7 @@ class Layer:
         """
         workspace = self._take(tokens)
         try:
-            self._functions[name](*given, self.packed, workspace, self._pool, *made)
+            self._functions[name](*given, self._blob, workspace, self._pool, *made)
         except ValueError as reason:  # an id out of range
             raise InputError(_first_line(reason)) from None
         self._give(workspace)

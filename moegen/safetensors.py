@@ -80,6 +80,10 @@ class SafetensorsFile(Mapping[str, HostArray]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def release(self) -> None:
+        """Takes what was read out of this process's memory; it stays in the kernel's cache, and is mapped again when it is used."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def _bad(self, what: str) -> WeightsError:
         return WeightsError(f"{self.path} is not a valid safetensors file: {what}")
 
@@ -134,7 +138,7 @@ class SafetensorsFile(Mapping[str, HostArray]):
         return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-class _Shards(Mapping[str, HostArray]):
+class Shards(Mapping[str, HostArray]):
     """The tensors of a sharded checkpoint; a shard is opened when one of its tensors is first used."""
 
     def __init__(self, folder: Path, weight_map: Mapping[str, str]) -> None:
@@ -156,8 +160,13 @@ class _Shards(Mapping[str, HostArray]):
     def __len__(self) -> int:
         return len(self._weight_map)
 
+    def release(self) -> None:
+        """As of each file that was opened."""
+        for file in self._open.values():
+            file.release()
 
-def open_safetensors(path: str | os.PathLike[str]) -> Mapping[str, HostArray]:
+
+def open_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile | Shards:
     """The tensors behind a path: a .safetensors file, an index of shards, or the folder that holds either.
 
     Raises:
@@ -170,7 +179,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Mapping[str, HostArray]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"cannot read the weights {str(location)!r}: {error}") from error
     if location.suffix == ".json":
-        return _Shards(location.parent, _weight_map(location))
+        return Shards(location.parent, _weight_map(location))
     if location.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz"):
         raise WeightsError(f"{location} is not a safetensors file; load it yourself and pass the mapping of names to arrays")
     return SafetensorsFile(location)

@@ -1,6 +1,9 @@
-"""Checkpoints in few bits, packed code by code with Python's integers; nothing here is shared with what reads them."""
+"""Checkpoints: as files, and in few bits, packed code by code with Python's integers; nothing is shared with what reads them."""
 
 from __future__ import annotations
+
+import json
+import struct
 
 import numpy as np
 
@@ -61,3 +64,25 @@ def mxfp4(q):
     padded = [[int(code) for code in row] + [0] * (-k % 32) for row in q.codes]
     blocks = [[[row[g + 2 * i] | row[g + 2 * i + 1] << 4 for i in range(16)] for g in range(0, len(row), 32)] for row in padded]
     return {"blocks": np.array(blocks, np.uint8).reshape(n, -1, 16), "scales": q.scales}
+
+
+CODES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+
+
+def save(path, arrays):
+    header, position, blobs = {}, 0, []
+    for name, array in arrays.items():
+        blob = np.ascontiguousarray(array).tobytes()
+        header[name] = entry(position, position + len(blob), CODES[array.dtype.name], array.shape)
+        position += len(blob)
+        blobs.append(blob)
+    path.write_bytes(raw(header) + b"".join(blobs))
+
+
+def raw(header):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def entry(begin, end, dtype="F32", shape=None):
+    return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}

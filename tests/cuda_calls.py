@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from helpers import assert_close, stored, tokens, values
 import moegen
 from moegen import reference
 from moegen.device import DeviceLayer
+from moegen.pack import pack
 
 DRIVER = ctypes.CDLL("libcuda.so.1")
 
@@ -76,6 +79,15 @@ def main(path: str) -> None:
     y = layer(given)
     assert_close(config, values(y), expected)
     print("host")
+
+    with tempfile.TemporaryDirectory() as folder:
+        packed = pack(weights, pathlib.Path(folder) / "layer.moepack", module.artifact)
+        mapped = module.bind(packed.path, verify=True)
+    own = np.empty(layer.packed_bytes, np.uint8)
+    module.download(layer.packed, own)
+    assert np.array_equal(packed.payload, own), "packed without the device as on it"
+    assert np.array_equal(values(mapped(given)), values(y))
+    print("packed")
 
     tensor = on_device(layer, given.data, config.dtype)
     out = layer(tensor)

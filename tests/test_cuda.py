@@ -207,7 +207,7 @@ def test_calls_on_an_emulated_device(built: moegen.Artifact, tmp_path: pathlib.P
     command = [sys.executable, str(ROOT / "tests" / "cuda_calls.py"), str(built.path)]
     done = subprocess.run(command, env=around, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    words = "host device into launches routing experts jitter bare torch ragged nan errors empty"
+    words = "host packed device into launches routing experts jitter bare torch ragged nan errors empty"
     assert done.stdout.split() == words.split()
 
 

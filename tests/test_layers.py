@@ -37,6 +37,8 @@ ORDER = (
     ("reference",),
     ("packing",),
     ("artifact",),
+    ("moepack_format",),
+    ("moepack",),
     ("calls", "routing"),
     ("device_arrays",),
     ("device",),
@@ -58,6 +60,7 @@ ORDER = (
     ("transformers",),
     ("presets",),
     ("options",),
+    ("pack",),
     ("bench",),
     ("field",),
     ("tune",),
@@ -88,6 +91,12 @@ INSIDE = {
         ("process",),
         ("team",),
         ("__init__",),
+    ),
+    "pack": (
+        ("finding", "writing"),
+        ("packing",),
+        ("__init__",),
+        ("command",),
     ),
     "tune": (
         ("search", "processes", "times", "journal", "space"),
@@ -200,15 +209,24 @@ RUNTIME_NEVER = {
     "records",
     "objects",
 }
-RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
+RUNTIME_NEVER |= {"verification", "reference", "bench", "pack", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"field.drawing", "report.drawing"},
     "PIL": {"report.drawing"},
-    "click": {"bench.command", "cli", "options", "report.command", "serve_bench.command", "tune.command", "tune.shelf"},
-    "tqdm": {"bench.command", "cli", "serve_bench.command", "tune.command"},
+    "click": {
+        "bench.command",
+        "cli",
+        "options",
+        "pack.command",
+        "report.command",
+        "serve_bench.command",
+        "tune.command",
+        "tune.shelf",
+    },
+    "tqdm": {"bench.command", "cli", "pack.command", "serve_bench.command", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
     | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}

@@ -14,6 +14,7 @@ from listings import kernel
 
 import moegen
 from moegen import compiler, reference
+from moegen.pack import pack
 from moegen.packing import byte_offsets
 from moegen.plan import plan
 from moegen.quantization import Quantized, quantize
@@ -78,8 +79,11 @@ def modules(store: pathlib.Path) -> dict[str, moegen.Module]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_numbers(name: str, modules: dict[str, moegen.Module], rng: np.random.Generator) -> None:
-    """Tiles of both heights, ragged tails, a batch that fills several passes; a token's result does not depend on its company."""
+def test_numbers(name: str, modules: dict[str, moegen.Module], rng: np.random.Generator, tmp_path: pathlib.Path) -> None:
+    """Tiles of both heights, ragged tails, a batch that fills several passes; a token's result does not depend on its company.
+
+    Nor on whether the weights were packed into a file before.
+    """
     module = modules[name]
     weights = reference.random_weights(module.config, rng)
     layer = module.bind(weights)
@@ -88,6 +92,8 @@ def test_numbers(name: str, modules: dict[str, moegen.Module], rng: np.random.Ge
         out, _ = check_against_reference(layer, weights, x)
     alone = layer(stored(x[:1], module.config.dtype))
     np.testing.assert_array_equal(bits(alone), bits(out)[:1])
+    mapped = module.bind(pack(weights, tmp_path / "layer.moepack", module.artifact).path, verify=True)
+    np.testing.assert_array_equal(bits(mapped(stored(x, module.config.dtype))), bits(out))
 
 
 @pytest.mark.parametrize("name", ["int4-zero-points", "bytes"])

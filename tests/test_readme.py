@@ -9,10 +9,13 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
+from checkpoints import save
 from helpers import environment
 
 import moegen
+from moegen import reference
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +34,9 @@ def newcomer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     """An empty folder, an empty store, and `moegen` and `python` on the path as after the first installation, without torch."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, command in {"moegen": f'"{sys.executable}" -m moegen.cli', "python": f'"{sys.executable}"'}.items():
+    config_tool = f'"{sys.executable}" -m tvm_ffi.config'
+    programs = {"moegen": f'"{sys.executable}" -m moegen.cli', "python": f'"{sys.executable}"', "tvm-ffi-config": config_tool}
+    for name, command in programs.items():
         (commands / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (commands / name).chmod(0o755)
     work = tmp_path / "work"
@@ -45,12 +50,15 @@ def newcomer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
 
 @pytest.mark.slow
 def test_blocks_run_in_order(newcomer: pathlib.Path) -> None:
-    pytest.importorskip("ml_dtypes")
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    _write_checkpoint(newcomer / "model.safetensors", bfloat16)
     namespace: dict[str, Any] = {}
     printed = []
     for language, text in BLOCKS:
         if language == "python":
             exec(compile(text, "README.md", "exec"), namespace)
+        elif language in ("cpp", "c"):
+            (newcomer / re.match(r"/[/*] ([\w.]+):", text)[1]).write_text(text)  # type: ignore[index]
         elif text != TESTS:
             script = INSTALLS.sub("", text)
             assert "pip " not in script
@@ -64,8 +72,18 @@ def test_blocks_run_in_order(newcomer: pathlib.Path) -> None:
     assert any("skipped experts=2: top_k=4 must be between" in text for text in printed)
 
 
+def _write_checkpoint(path: pathlib.Path, dtype: Any) -> None:
+    """The checkpoint of a newcomer's model: the layer of the README's config.json, as Mixtral names it."""
+    weights = reference.random_weights(moegen.MoEConfig(experts=8, top_k=2, hidden=256, intermediate=448), np.random.default_rng(3))
+    block = "model.layers.3.block_sparse_moe."
+    tensors = {f"{block}gate.weight": weights["router.weight"]}
+    for short, name in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+        tensors |= {f"{block}experts.{e}.{short}.weight": w for e, w in enumerate(weights[f"experts.{name}.weight"])}
+    save(path, {name: w.astype(dtype) for name, w in tensors.items()})
+
+
 def test_every_block_is_known() -> None:
-    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    assert {language for language, _ in BLOCKS} == {"python", "sh", "cpp", "c"}
     assert README.count("```") == 2 * len(BLOCKS)
     assert any(INSTALLS.match(text) for _, text in BLOCKS)
 

@@ -13,6 +13,7 @@ import checkpoints as pack
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import entry, raw, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -479,23 +480,6 @@ def test_codes_cannot_be_turned():
 
 # ---------------------------------------------------------------- safetensors
 
-CODES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
-
-
-def save(path, arrays):
-    header, position, blobs = {}, 0, []
-    for name, array in arrays.items():
-        blob = np.ascontiguousarray(array).tobytes()
-        header[name] = entry(position, position + len(blob), CODES[array.dtype.name], array.shape)
-        position += len(blob)
-        blobs.append(blob)
-    path.write_bytes(raw(header) + b"".join(blobs))
-
-
-def raw(header):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text
-
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16, np.float64])
 def test_safetensors(tmp_path, dtype):
@@ -538,10 +522,6 @@ def test_shards(tmp_path):
     index.unlink()
     with pytest.raises(WeightsError, match="2 other"):
         open_safetensors(tmp_path)
-
-
-def entry(begin, end, dtype="F32", shape=None):
-    return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
 
 
 @pytest.mark.parametrize(
