@@ -80,6 +80,29 @@ def equal_to_one_process() -> None:
     assert set(spread.profile(mine)) == {"router", "sort", "send", "shared", "experts", "return", "combine"}
 
 
+def close_to_one_process() -> None:
+    """Of the other types and kinds of layers, by the bound that the class promises."""
+    unit = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}[CONFIG.dtype]
+    one, spread, summed = whole(), layer(), layer(exact=False)
+    for at, counts in enumerate(JOB["counts"]):
+        x, mine = tokens(counts, at)
+        expected = one(x).split(counts)[RANK].float()
+        size = sizes(one, x).split(counts)[RANK] + 3 * expected.abs()
+        assert ((spread(mine).float() - expected).abs() <= unit * size).all()
+        assert ((summed(mine).float() - expected).abs() <= (2 * unit + 1e-6) * size).all()
+
+
+def sizes(one: moegen.Layer, x: torch.Tensor) -> torch.Tensor:
+    """sum_k |w_k d_k| of each number, the shared expert's among them."""
+    routing = one.route(x)
+    total = torch.zeros(x.shape)
+    for k in range(CONFIG.top_k):
+        alone = torch.zeros_like(routing.weights)
+        alone[:, k] = routing.weights[:, k]
+        total += one.experts(x, routing.ids, alone).float().abs()
+    return total + (one(x).float() - one.experts(x, routing.ids, routing.weights).float()).abs()
+
+
 def given_routing() -> None:
     """All tokens to one rank's experts, an expert twice for a token, zero weights."""
     one, spread, summed = whole(), layer(), layer(exact=False)
@@ -155,7 +178,7 @@ def different_methods() -> None:
             spread.experts(mine, torch.zeros((4, 2), dtype=torch.int64), torch.ones((4, 2)))
         else:
             spread(mine)
-    with raises(DistributedError, "begin again"):
+    with raises(DistributedError, "construct the layer again"):
         spread(mine)
     layer()(mine)
 
@@ -195,7 +218,7 @@ def stopped_rank() -> None:
     else:
         with raises(DistributedError, f"rank {SIZE - 1} of {SIZE} did not answer", "took longer than timeout_s=2"):
             spread(mine)
-        with raises(DistributedError, f"rank {SIZE - 1} of {SIZE} did not answer", "begin again", within_s=1):
+        with raises(DistributedError, f"rank {SIZE - 1} of {SIZE} did not answer", "construct the layer again", within_s=1):
             spread(mine)
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import json
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from ..errors import DistributedError
-from .meeting import Meeting
+from .meeting import Meeting, described
 
 GRACE_SECONDS = 2.0  # within which a rank that lives says so, after a collective broke
-_SLICE_SECONDS = 0.5  # of waiting, between which Ctrl-C is heard
+_SLICE_SECONDS = 0.5  # of waiting, between which Ctrl-C is heard, and ranks that failed
 _REASON_BYTES = 1024
 
 _links: weakref.WeakValueDictionary[tuple[Any, ...], Link] = weakref.WeakValueDictionary()
@@ -38,10 +37,29 @@ class Pending:
             DistributedError: a rank is gone or stuck.
         """
         try:
-            _wait(self.work, self.link.timeout_s, self.buffers[0].device)
+            self._wait()
         except RuntimeError as error:
+            if isinstance(error, DistributedError):
+                raise
             self.link.broke(self.what, error)
         return self.buffers[0]
+
+    def _wait(self) -> None:
+        if self.buffers[0].device.type != "cpu":  # torch's watchdog ends what takes too long on a device, by the group's timeout
+            self.work.wait()
+            return
+        deadline = time.monotonic() + self.link.timeout_s
+        while True:
+            try:
+                self.work.wait(datetime.timedelta(seconds=_SLICE_SECONDS))
+                return
+            except RuntimeError:
+                if self.work.is_completed():  # then it is torch's last word, be it good or bad
+                    self.work.wait()
+                    return
+                if time.monotonic() > deadline:
+                    raise
+                self.link.listen()
 
 
 class Link:
@@ -54,13 +72,12 @@ class Link:
         backend: what connects them; None for what connects the world.
         timeout_s: seconds that a rank waits for the others in one collective.
         meeting: where ranks say that they are alive when the link broke.
-        number: the same on all ranks.
     """
 
-    def __init__(self, ranks: Sequence[int], backend: str | None, timeout_s: float, meeting: Meeting, number: int) -> None:
-        self.timeout_s, self.meeting, self.number = timeout_s, meeting, number
+    def __init__(self, ranks: Sequence[int], backend: str | None, timeout_s: float, meeting: Meeting) -> None:
+        self.timeout_s, self.meeting = timeout_s, meeting
         self.rank, self.size = meeting.rank, meeting.size
-        self.layers, self.broken = 0, ""
+        self.layers, self.broken, self.hears = 0, "", True
         self.world = weakref.ref(dist.group.WORLD)
         try:
             timeout = datetime.timedelta(seconds=timeout_s)
@@ -117,9 +134,9 @@ class Link:
     def check(self) -> None:
         """Raises a DistributedError when the link is broken."""
         if self.broken:
-            raise DistributedError(f"{self.broken}; begin again with a new process group")
+            raise DistributedError(f"{self.broken}; construct the layer again, once all ranks are there")
 
-    def broke(self, what: str, error: BaseException) -> None:
+    def broke(self, what: str, error: BaseException) -> NoReturn:
         """Gives the link up and raises a DistributedError that says which ranks are missing.
 
         Args:
@@ -130,27 +147,34 @@ class Link:
         late = "time" in first.lower() and "out" in first.lower()
         why = f"{what} took longer than timeout_s={self.timeout_s:g}" if late else f"{what} failed ({_without_place(first)})"
         try:
-            notes = self.meeting.gather(f"broken/{self.number}", "", GRACE_SECONDS)
+            notes = self.meeting.gather("broken", "", GRACE_SECONDS)
         except DistributedError as gone:
             self._give_up(f"a rank is lost: {why}, and {gone}", (), error)
         missing = [rank for rank, note in enumerate(notes) if note is None]
-        raised = [(rank, note) for rank, note in enumerate(notes) if note]
-        if raised:
-            self._give_up("; ".join(f"rank {rank} failed: {note}" for rank, note in raised), [rank for rank, _ in raised], error)
+        if failed := {rank: note for rank, note in enumerate(notes) if note}:
+            self._give_up(_failures(failed), list(failed), error)
         if missing:
             names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.size}"
             self._give_up(f"{names} did not answer, gone or stuck: {why}", missing, error)
-        self._give_up(f"all {self.size} ranks are alive, but {why}", (), error)
+        self._give_up(f"all {self.size} ranks answer, but {why}", (), error)
 
     def leave(self, error: BaseException) -> None:
-        """Closes the connections because this rank failed, so that the others need not wait, and tells them why."""
-        self.broken = f"this rank failed in an earlier call ({_said(error)})"
+        """Gives the link up because this rank failed, and tells those who wait for it why."""
+        self.broken = f"this rank failed in an earlier call ({described(error)})"
         with contextlib.suppress(DistributedError):
-            self.meeting.leave(f"broken/{self.number}", _said(error))
-        with contextlib.suppress(RuntimeError, ValueError):
-            dist.destroy_process_group(self.group)
+            self.meeting.leave("broken", described(error))
 
-    def _give_up(self, sentence: str, ranks: Sequence[int], error: BaseException) -> None:
+    def listen(self) -> None:
+        """Raises a DistributedError when another rank has given the link up because it failed."""
+        try:
+            notes = self.meeting.read("broken") if self.hears else {}
+        except DistributedError:  # without a store nothing is heard, and the connections tell who is gone
+            self.hears = False
+            return
+        if failed := {rank: note for rank, note in notes.items() if note}:
+            self._give_up(_failures(failed), list(failed), None)
+
+    def _give_up(self, sentence: str, ranks: Sequence[int], error: BaseException | None) -> NoReturn:
         self.broken = sentence
         raise DistributedError(sentence, ranks) from error
 
@@ -169,81 +193,42 @@ def ranks_of(group: Any) -> tuple[int, ...]:
     return ranks
 
 
-def link_of(
-    group: Any, description: dict[str, Any], problem: BaseException | None, timeout_s: float, start_timeout_s: float
-) -> Link:
-    """The link of this process's group, after all ranks said what they are about to compute and agreed.
+def meeting_of(ranks: tuple[int, ...]) -> Meeting:
+    """Where these ranks agree on the next thing that they do together; every rank of them calls this equally often."""
+    number = _meetings[ranks] = _meetings.get(ranks, 0) + 1
+    name = f"{hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]}/{number}"
+    store = dist.PrefixStore(f"moegen.distributed/{name}", dist.distributed_c10d._get_default_store())
+    return Meeting(name, store, ranks.index(dist.get_rank()), len(ranks))
+
+
+def link_of(group: Any, meeting: Meeting, timeout_s: float, start_timeout_s: float) -> Link:
+    """The link of the ranks of a process group: the one that all of them have already, or a new one.
 
     Args:
         group: the caller's process group; None for all ranks.
-        description: what has to be the same on every rank.
-        problem: why this rank cannot take part; it is raised here, and the others hear of it.
-        start_timeout_s: seconds to wait for ranks that are not ready yet.
 
     Raises:
-        DistributedError: ranks are missing, cannot take part, or disagree.
+        DistributedError: a rank is missing, or cannot be connected.
     """
     ranks = ranks_of(group)
-    number = _meetings[ranks] = _meetings.get(ranks, 0) + 1
-    store = dist.PrefixStore(f"moegen.distributed/{_short(ranks)}", dist.distributed_c10d._get_default_store())
-    meeting = Meeting(store, ranks.index(dist.get_rank()), len(ranks))
     backend = None if group is None else dist.get_backend(group)
     key = (ranks, backend, timeout_s)
     known = _links.get(key)
-    usable = known is not None and not known.broken and known.world() is dist.group.WORLD
-    mine = {"problem": _said(problem), "link": known.number if known is not None and usable else 0, "is": description}
-    notes = meeting.gather(f"begin/{number}", json.dumps(mine), start_timeout_s)
-    if problem is not None:
-        raise problem
-    if missing := [rank for rank, note in enumerate(notes) if note is None]:
-        names = ", ".join(map(str, missing))
-        raise DistributedError(f"rank {names} of {len(ranks)} did not begin within start_timeout_s={start_timeout_s:g}", missing)
-    said: list[dict[str, Any]] = [json.loads(note or "") for note in notes]
-    if failed := [rank for rank, note in enumerate(said) if note["problem"]]:
-        raise DistributedError("; ".join(f"rank {rank} failed: {said[rank]['problem']}" for rank in failed), failed)
-    _check_agreement([note["is"] for note in said])
-    if known is not None and usable and all(note["link"] == known.number for note in said):
-        return known
-    link = _links[key] = Link(ranks, backend, timeout_s, meeting, number)
+    if known is not None and (known.broken or known.world() is not dist.group.WORLD):
+        known = None
+    names = meeting.agree("link", {}, None, start_timeout_s, says="" if known is None else known.meeting.name)
+    if known is not None and set(names) == {known.meeting.name}:
+        return known  # another rank may have freed its own, and then all make a new one
+    link = _links[key] = Link(ranks, backend, timeout_s, meeting)
     return link
 
 
-def _check_agreement(descriptions: Sequence[dict[str, Any]]) -> None:
-    first = descriptions[0]
-    for rank, other in enumerate(descriptions):
-        for name in first | other:
-            a, b = first.get(name), other.get(name)
-            if a != b:
-                raise DistributedError(f"ranks disagree: {name} is {a!r} on rank 0 and {b!r} on rank {rank}", (0, rank))
-
-
-def _wait(work: Any, timeout_s: float, device: torch.device) -> None:
-    if device.type != "cpu":  # torch's watchdog ends what takes too long on a device, by the group's timeout
-        work.wait()
-        return
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            work.wait(datetime.timedelta(seconds=_SLICE_SECONDS))
-            return
-        except RuntimeError:
-            if work.is_completed():  # then it is torch's last word, be it good or bad
-                work.wait()
-                return
-            if time.monotonic() > deadline:
-                raise
+def _failures(notes: Mapping[int, str]) -> str:
+    return "; ".join(f"rank {rank} failed: {note}" for rank, note in notes.items())
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
     return rows.contiguous().view(torch.uint8).reshape(-1) if rows.numel() else rows.new_empty(0, dtype=torch.uint8)
-
-
-def _said(error: BaseException | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-
-
-def _short(ranks: tuple[int, ...]) -> str:
-    return hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
 
 
 def _without_place(sentence: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..errors import DistributedError
@@ -19,12 +20,13 @@ class Meeting:
     """A place where each rank leaves notes that all can read.
 
     Args:
+        name: the same on all ranks, and no other meeting's.
         store: a store that all ranks have, and nobody else uses.
         rank, size: of this process among them.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.store, self.rank, self.size = store, rank, size
+    def __init__(self, name: str, store: Any, rank: int, size: int) -> None:
+        self.name, self.store, self.rank, self.size = name, store, rank, size
 
     def gather(self, topic: str, note: str, timeout_s: float) -> list[str | None]:
         """The notes of all ranks on a topic; None of those that left none in time.
@@ -42,6 +44,14 @@ class Meeting:
             time.sleep(_POLL_SECONDS)
         return [None if rank in missing else self._read(f"{topic}/{rank}") for rank in range(self.size)]
 
+    def read(self, topic: str) -> dict[int, str]:
+        """The notes that are there on a topic, by rank.
+
+        Raises:
+            DistributedError: the store does not answer.
+        """
+        return {rank: self._read(f"{topic}/{rank}") for rank in sorted(self._present(topic, set(range(self.size))))}
+
     def leave(self, topic: str, note: str) -> None:
         """Leaves a note of this rank on a topic.
 
@@ -50,11 +60,51 @@ class Meeting:
         """
         _answer(lambda: self.store.set(f"{topic}/{self.rank}", note))
 
+    def agree(
+        self, topic: str, description: Mapping[str, Any], problem: BaseException | None, timeout_s: float, says: str = ""
+    ) -> list[str]:
+        """Waits for all ranks to be ready, and checks that they mean the same; returns what each `says` besides.
+
+        Args:
+            description: what has to be the same on every rank.
+            problem: why this rank cannot take part; it is raised here, and the others hear of it.
+            timeout_s: seconds to wait for ranks that are not ready yet.
+
+        Raises:
+            DistributedError: ranks are missing, cannot take part, or disagree.
+        """
+        mine = {"problem": described(problem), "is": dict(description), "says": says}
+        notes = self.gather(topic, json.dumps(mine), timeout_s)
+        if problem is not None:
+            raise problem
+        if missing := [rank for rank, note in enumerate(notes) if note is None]:
+            names = ", ".join(map(str, missing))
+            raise DistributedError(f"rank {names} of {self.size} did not begin within start_timeout_s={timeout_s:g}", missing)
+        said: list[dict[str, Any]] = [json.loads(note or "") for note in notes]
+        if failed := [rank for rank, note in enumerate(said) if note["problem"]]:
+            raise DistributedError("; ".join(f"rank {rank} failed: {said[rank]['problem']}" for rank in failed), failed)
+        _check_same([note["is"] for note in said])
+        return [note["says"] for note in said]
+
     def _present(self, topic: str, ranks: set[int]) -> set[int]:
         return _answer(lambda: {rank for rank in ranks if self.store.check([f"{topic}/{rank}"])})
 
     def _read(self, key: str) -> str:
         return str(_answer(lambda: bytes(self.store.get(key))).decode())
+
+
+def described(error: BaseException | None) -> str:
+    """An error as other ranks get to read it; nothing for none."""
+    return "" if error is None else f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+
+
+def _check_same(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    first = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        for name in [*first, *other]:
+            a, b = first.get(name), other.get(name)
+            if a != b:
+                raise DistributedError(f"ranks disagree: {name} is {a!r} on rank 0 and {b!r} on rank {rank}", (0, rank))
 
 
 def _answer(ask: Callable[[], Answer]) -> Answer:

@@ -15,11 +15,13 @@ from ..errors import ConfigError, DistributedError, InputError
 from ..routing import Routing
 from ..target import usable_processors
 from .exchange import Directory, Incoming, Outgoing, add_up, by_row, incoming, within_capacity
-from .link import Link, Pending, link_of, ranks_of
+from .link import Pending, link_of, meeting_of, ranks_of
+from .meeting import described
 from .placement import Placement, placement_of
-from .share import Share, share_of
+from .share import share_of
 
 PARTS = ("router", "sort", "send", "shared", "experts", "return", "combine")
+MAX_SECONDS = 1e7
 _FORWARD, _EXPERTS, _PROBLEM = 1, 2, 3
 
 
@@ -84,24 +86,24 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
         self.device = torch.device(f"cuda:{device}" if target == "cuda" else "cpu")
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         ranks = ranks_of(group)
-        problem, share, description = None, None, {"exact": exact, "device": self.device.type, "timeout_s": timeout_s}
-        try:
-            if not timeout_s > 0 or not start_timeout_s > 0:
-                raise ConfigError(f"timeout_s={timeout_s} and start_timeout_s={start_timeout_s} must be above 0")
+        meeting = meeting_of(ranks)
+        with _Problem() as problem:
+            _check_seconds(timeout_s=timeout_s, start_timeout_s=start_timeout_s)
             self.placement = placement_of(config, len(ranks) if placement is None else placement)
             if self.placement.ranks != len(ranks):
                 raise ConfigError(f"placement has {self.placement.ranks} ranks, the group has {len(ranks)}")
-            share = share_of(
-                config, self.placement, ranks.index(torch.distributed.get_rank()), weights,
+            chosen = {"placement": str(self.placement), "exact": exact, "device": self.device.type, "timeout_s": timeout_s}
+        waiting_s = start_timeout_s if problem.error is None else 0.0
+        meeting.agree("layer", {} if problem.error else config.to_dict() | chosen, problem.error, waiting_s)
+        with _Problem() as problem:
+            self._share = share_of(
+                config, self.placement, meeting.rank, weights,
                 prefix=prefix, layout=layout, gate_up=gate_up, checkpoint_format=checkpoint_format, store=store, target=target,
                 device=device, threads=threads if threads is not None else _threads(), limit_s=start_timeout_s,
             )  # fmt: skip
-            description |= config.to_dict() | {"placement": str(self.placement)} | share.replicated
-        except Exception as error:  # whatever it is, the others are told before it is raised
-            problem = error
-        self._link: Link = link_of(group, description, problem, timeout_s, start_timeout_s)
-        assert share is not None
-        self._share: Share = share
+        replicated = {} if problem.error else self._share.replicated
+        meeting.agree("weights", replicated, problem.error, start_timeout_s)
+        self._link = link_of(group, meeting, timeout_s, start_timeout_s)
         self._directory = Directory(self.placement, self.device)
         self._number, self._calls, self._lock = self._link.next_layer(), 0, threading.Lock()
 
@@ -162,22 +164,20 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
         with self._lock:
             self._link.check()
             self._calls += 1
-            problem, rows, outgoing = None, None, None
-            try:
+            rows = outgoing = None
+            with _Problem() as problem:
                 rows = self._checked(x)
                 chosen, factors = self._routed(rows) if ids is None else self._given(len(rows), ids, weights)
                 clock.ends("router")
                 outgoing = self._directory.outgoing(chosen, factors)
                 clock.ends("sort")
-            except Exception as error:  # whatever it is, the others are told before it is raised
-                problem = error
             try:
-                headers = self._headers(_FORWARD if ids is None else _EXPERTS, rows, outgoing, problem)
+                headers = self._headers(_FORWARD if ids is None else _EXPERTS, rows, outgoing, problem.error)
                 assert rows is not None
                 assert outgoing is not None
                 return self._computed(clock, rows, outgoing, headers, with_shared=ids is None).view(x.shape)
             except BaseException as error:  # such as out of memory, or Ctrl-C
-                if error is not problem and not isinstance(error, DistributedError):
+                if error is not problem.error and not isinstance(error, DistributedError):
                     self._link.leave(error)  # so that the others do not wait for what will not come
                 raise
 
@@ -191,7 +191,7 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
         counts = [[0, 0]] * link.size if outgoing is None else list(zip(outgoing.row_counts, outgoing.choice_counts, strict=True))
         said = link.all_headers([[kind, self._number, self._calls, *pair, tokens] for pair in counts], self.device)
         if any(line[0] == _PROBLEM for line in said):
-            reasons = link.all_reasons("" if problem is None else f"{type(problem).__name__}: {problem}", self.device)
+            reasons = link.all_reasons(described(problem), self.device)
             if problem is not None:
                 raise problem
             failed = [rank for rank, line in enumerate(said) if line[0] == _PROBLEM]
@@ -322,6 +322,19 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
         return f"{self.config}, rank {self.rank} of {self._link.size}, {self.placement}"
 
 
+class _Problem:
+    """Keeps what fails inside, whatever it is, until the other ranks have been told."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> _Problem:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
+
+
 class _Clock:
     """Seconds between marks; without a device nothing is measured."""
 
@@ -346,6 +359,12 @@ def _refuse_gradient(tensor: torch.Tensor, name: str) -> None:
         raise InputError(
             f"{name} requires a gradient, and the layer has none: call it under torch.inference_mode() or with {name}.detach()"
         )
+
+
+def _check_seconds(**limits: float) -> None:
+    for name, seconds in limits.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < MAX_SECONDS:
+            raise ConfigError(f"{name}={seconds!r} must be seconds above 0 and below {MAX_SECONDS:g}")
 
 
 def _threads() -> int | None:

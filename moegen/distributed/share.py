@@ -89,9 +89,8 @@ def _experts(module: Module | DeviceModule, source: WeightSource, experts: Seque
 
 def _shared_expert(source: WeightSource, config: MoEConfig) -> WeightSource:
     """The shared expert as the only one of a layer, whose router is the shared expert's gate."""
-    arrays = {
-        name.replace("shared.", "experts."): [_one(source.arrays[name])] for name in source.arrays if name.startswith("shared.")
-    }
+    names = [name for name in source.arrays if name.startswith("shared.")]
+    arrays: dict[str, Any] = {name.replace("shared.", "experts."): [_one(source.arrays[name])] for name in names}
     if "shared_gate.weight" in source.arrays:
         arrays["router.weight"] = source.arrays["shared_gate.weight"]
     return WeightSource(config, arrays)
