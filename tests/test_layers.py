@@ -57,6 +57,7 @@ ORDER = (
     ("presets",),
     ("options",),
     ("bench",),
+    ("distributed",),
     ("field",),
     ("tune",),
     ("report",),
@@ -121,6 +122,12 @@ INSIDE = {
         ("listing", "proof", "emulated_proof"),
         ("__init__",),
     ),
+    "distributed": (
+        ("placement", "meeting", "building"),
+        ("exchange", "link", "share"),
+        ("parallel",),
+        ("__init__",),
+    ),
     "field": (
         ("targets", "budget", "jobs", "stock"),
         ("cells", "surroundings", "building", "checks"),
@@ -175,7 +182,8 @@ FOREIGN_ONLY_IN = {
     "tqdm": {"bench.command", "cli", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
-    | {f"field.{name}" for name in ("torch_experts", "truth", "worker")},
+    | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
+    | {f"distributed.{name}" for name in ("exchange", "link", "parallel")},
     "triton": {"field.fused_experts", "field.fused_kernels"},
     "transformers": {"field.hf_experts"},
     "onnx": {"bench.contenders.onnx_layer"},

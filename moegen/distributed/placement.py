@@ -82,8 +82,8 @@ def local_configs(config: MoEConfig, ranks: int | Placement | Sequence[Sequence[
 
     * `router`: the router of all E experts. Nothing else of it is run, so that its experts are as narrow as can be.
     * `experts`: the largest number of experts that a rank holds, one choice for each row (K=1).
-    * `shared`, if there is one: the shared expert as a layer of one expert, with its gate as router; the same as `experts` where
-      it is like one of them.
+    * `shared`, if there is one: the shared expert as a layer of one expert, the same as `experts` where it is like one of them.
+      With a gate it stays a shared expert, beside a routed one that is as narrow as can be and adds zeros.
 
     Args:
         ranks: how many there are, for near-equal parts, or a placement.
@@ -101,11 +101,16 @@ def local_configs(config: MoEConfig, ranks: int | Placement | Sequence[Sequence[
         "experts": dataclasses.replace(bare, experts=placement.most),
     }  # fmt: skip
     if config.shared_intermediate:
-        gating: dict[str, Any] = {"gating": "sigmoid", "renormalize": False} if config.shared_gate else {}
-        shared = dataclasses.replace(bare, intermediate=config.shared_intermediate, expert_bias=False, weight_on_input=False)
-        wide_enough = dataclasses.replace(configs["experts"], experts=1) == dataclasses.replace(shared, **gating)
-        configs["shared"] = configs["experts"] if wide_enough else dataclasses.replace(shared, **gating)
+        configs["shared"] = _of_shared(config, bare, configs["experts"])
     return configs
+
+
+def _of_shared(config: MoEConfig, bare: MoEConfig, experts: MoEConfig) -> MoEConfig:
+    alone = dataclasses.replace(bare, expert_bias=False, weight_on_input=False)
+    if config.shared_gate:
+        return dataclasses.replace(alone, intermediate=1, shared_intermediate=config.shared_intermediate, shared_gate=True)
+    alone = dataclasses.replace(alone, intermediate=config.shared_intermediate)
+    return experts if dataclasses.replace(experts, experts=1) == alone else alone
 
 
 def _without_router(config: MoEConfig) -> MoEConfig:

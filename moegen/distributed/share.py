@@ -12,7 +12,7 @@ import numpy as np
 
 from ..arrays import HostArray
 from ..checkpoints import Stored
-from ..config import MoEConfig
+from ..config import MoEConfig, weight_shapes
 from ..device import DeviceLayer, DeviceModule
 from ..runtime import Layer, Module, module_of
 from ..weights import WeightSource, resolve
@@ -68,7 +68,7 @@ def share_of(
     return Share(
         _router(modules["router"], source),
         _experts(modules["experts"], experts, range(len(held))) if held else None,
-        _experts(modules["shared"], _shared_expert(source, configs["shared"]), range(1)) if "shared" in modules else None,
+        _shared(modules["shared"], source) if "shared" in modules else None,
         _replicated(source),
     )
 
@@ -81,19 +81,18 @@ def _router(module: Module | DeviceModule, source: WeightSource) -> AnyLayer:
 
 def _experts(module: Module | DeviceModule, source: WeightSource, experts: Sequence[int]) -> AnyLayer:
     packer = module.packer(module.threads)
-    if "router.weight" in source.arrays:
-        packer.router(source)
     packer.experts(source, experts)
     return module.layer(packer.blob)
 
 
-def _shared_expert(source: WeightSource, config: MoEConfig) -> WeightSource:
-    """The shared expert as the only one of a layer, whose router is the shared expert's gate."""
-    names = [name for name in source.arrays if name.startswith("shared.")]
-    arrays: dict[str, Any] = {name.replace("shared.", "experts."): [_one(source.arrays[name])] for name in names}
-    if "shared_gate.weight" in source.arrays:
-        arrays["router.weight"] = source.arrays["shared_gate.weight"]
-    return WeightSource(config, arrays)
+def _shared(module: Module | DeviceModule, source: WeightSource) -> AnyLayer:
+    names = [name for name in source.arrays if name.startswith("shared")]
+    if not source.config.shared_gate:
+        arrays = {name.replace("shared.", "experts."): [_one(source.arrays[name])] for name in names}
+        return _experts(module, WeightSource(module.config, arrays), range(1))
+    zeros = {name: HostArray(np.zeros(shape, np.float32), "float32") for name, shape in weight_shapes(module.config).items()}
+    of_gated = WeightSource(module.config, zeros | {name: source.arrays[name] for name in names})
+    return module.layer(module.packer(module.threads).all(of_gated))
 
 
 def _one(matrix: Any) -> Any:
