@@ -30,6 +30,10 @@ LAYER: dict[str, Any] = {
     "shared_intermediate": 16,
 }
 PLACEMENT = [[0, 4, 2], [], [1], [3]]  # as many at most as on two ranks with near-equal parts
+SCENARIOS = (
+    "equal_to_one_process,close_to_one_process,given_routing,capacity,from_file,pairs,bad_input,disagreement,different_methods,"
+    "missing_rank,failing_rank,stopped_rank,killed_rank"
+)
 LIMIT_SECONDS = 240.0
 
 
@@ -73,26 +77,22 @@ def checkpoints(folder: pathlib.Path, config: moegen.MoEConfig, seed: int) -> No
 
 
 @pytest.mark.slow
-def test_four_processes_are_one_layer(tmp_path: pathlib.Path) -> None:
-    """One set of processes for everything: uneven loads, a rank without experts, wrong input, and ranks that stop and die."""
+def test_processes_are_one_layer(tmp_path: pathlib.Path) -> None:
+    """One set of processes for everything, as two layers of two or one of four: starting them is what takes long."""
     config = moegen.MoEConfig(**LAYER)
-    built(tmp_path / "store", config, PLACEMENT)
+    half = moegen.MoEConfig(**LAYER | {"dtype": "bfloat16", "shared_gate": True})
+    for each in (config, half):
+        built(tmp_path / "store", each, PLACEMENT)
     checkpoints(tmp_path, config, seed=3)
-    counts = [[3, 7, 1, 1], [0, 5, 0, 0], [0, 0, 0, 0], [40, 1, 30, 30]]
-    job = {"config": config.to_dict(), "seed": 3, "store": str(tmp_path / "store"), "counts": counts, "placement": PLACEMENT}
-    scenarios = "equal_to_one_process,given_routing,capacity,from_file,bad_input,pairs,disagreement,different_methods,failing_rank"
-    codes = run(tmp_path, f"{scenarios},stopped_rank,killed_rank", job, 4)
-    assert codes == [0, 0, 0, -signal.SIGKILL]
-
-
-@pytest.mark.slow
-def test_two_processes_in_bfloat16(tmp_path: pathlib.Path) -> None:
-    """Near-equal parts, a gated shared expert, and a rank that never comes."""
-    config = moegen.MoEConfig(**LAYER | {"dtype": "bfloat16", "shared_gate": True})
-    built(tmp_path / "store", config, 2)
-    counts = [[3, 7], [0, 5], [0, 0], [40, 1]]
-    job = {"config": config.to_dict(), "seed": 4, "store": str(tmp_path / "store"), "counts": counts, "placement": None}
-    assert run(tmp_path, "close_to_one_process,missing_rank", job, 2) == [0, 0]
+    job = {
+        "config": config.to_dict(),
+        "half": half.to_dict(),
+        "seed": 3,
+        "store": str(tmp_path / "store"),
+        "counts": [[3, 7, 1, 1], [0, 5, 0, 0], [0, 0, 0, 0], [40, 1, 30, 30]],
+        "placement": PLACEMENT,
+    }
+    assert run(tmp_path, SCENARIOS, job, 4) == [0, 0, 0, -signal.SIGKILL]
 
 
 def test_placements() -> None:
