@@ -125,7 +125,7 @@ def test_what_ranks_compile() -> None:
         shared_intermediate=48, capacity_factor=1.5, **routing,
     )  # fmt: skip
     assert local_configs(config, 3) == {
-        "router": moegen.MoEConfig(experts=8, top_k=2, hidden=32, intermediate=1, dtype="bfloat16", activation="relu", **routing),
+        "router": moegen.MoEConfig(experts=8, top_k=2, hidden=32, intermediate=32, dtype="bfloat16", activation="relu", **routing),
         "experts": moegen.MoEConfig(
             experts=3, top_k=1, hidden=32, intermediate=64, dtype="bfloat16", weight_dtype="int8", expert_bias=True
         ),

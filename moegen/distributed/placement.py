@@ -10,6 +10,8 @@ from typing import Any
 from ..config import MoEConfig
 from ..errors import ConfigError
 
+NARROW = 32  # of experts that are not run: the least whose hidden values together are sure to be proven within the bounds
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -95,7 +97,7 @@ def local_configs(config: MoEConfig, ranks: int | Placement | Sequence[Sequence[
     bare = _without_router(config)
     configs = {
         "router": dataclasses.replace(
-            config.whole, intermediate=1, activation="relu", expert_bias=False, weight_on_input=False, shared_intermediate=0,
+            config.whole, intermediate=NARROW, activation="relu", expert_bias=False, weight_on_input=False, shared_intermediate=0,
             shared_gate=False, capacity_factor=None, **_defaults("swiglu_alpha", "swiglu_limit", "scale_dtype"),
         ),
         "experts": dataclasses.replace(bare, experts=placement.most),
@@ -108,7 +110,7 @@ def local_configs(config: MoEConfig, ranks: int | Placement | Sequence[Sequence[
 def _of_shared(config: MoEConfig, bare: MoEConfig, experts: MoEConfig) -> MoEConfig:
     alone = dataclasses.replace(bare, expert_bias=False, weight_on_input=False)
     if config.shared_gate:
-        return dataclasses.replace(alone, intermediate=1, shared_intermediate=config.shared_intermediate, shared_gate=True)
+        return dataclasses.replace(alone, intermediate=NARROW, shared_intermediate=config.shared_intermediate, shared_gate=True)
     alone = dataclasses.replace(alone, intermediate=config.shared_intermediate)
     return experts if dataclasses.replace(experts, experts=1) == alone else alone
 
