@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MoegenError(Exception):
     """Base of all errors that moegen raises on purpose."""
@@ -46,6 +48,18 @@ class WeightsError(MoegenError, ValueError):
 
 class InputError(MoegenError, ValueError):
     """An argument of a layer call has the wrong shape, dtype, device or value."""
+
+
+class DistributedError(MoegenError, RuntimeError):
+    """Several processes do not make one layer: one of them is gone or stuck, failed, or disagrees with the others.
+
+    Args:
+        ranks: those that are to blame, as far as that is known.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class MeasureError(MoegenError, RuntimeError):

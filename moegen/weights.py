@@ -104,6 +104,15 @@ class WeightSource:
             row[...] = _meant(self._of_expert(name, e), self.config, rounded, f"expert {e} of {name}")
         return values
 
+    def of_experts(self, config: MoEConfig, experts: Sequence[int]) -> WeightSource:
+        """Some of the routed experts, in this order, as those of a layer `config` that has that many or more; nothing else.
+
+        Args:
+            experts: numbers of this layer's experts. Nothing of the others is read.
+        """
+        names = [name for name in self.arrays if name.startswith("experts.")]
+        return WeightSource(config, {name: [self._of_expert(name, e) for e in experts] for name in names})
+
     def _of_expert(self, name: str, e: int) -> Matrix:
         array = self.arrays[name]
         return HostArray(array.data[e], array.dtype) if isinstance(array, HostArray) else _matrix(array, e)

@@ -62,6 +62,7 @@ ORDER = (
     ("options",),
     ("pack",),
     ("bench",),
+    ("distributed",),
     ("field",),
     ("tune",),
     ("report",),
@@ -131,6 +132,12 @@ INSIDE = {
         ("library",),
         ("making",),
         ("listing", "proof", "emulated_proof"),
+        ("__init__",),
+    ),
+    "distributed": (
+        ("placement", "meeting", "building"),
+        ("exchange", "link", "share"),
+        ("parallel",),
         ("__init__",),
     ),
     "field": (
@@ -234,7 +241,8 @@ FOREIGN_ONLY_IN = {
     | {
         f"transformers.{name}"
         for name in ("__init__", "experts", "gating", "implementation", "operators", "packed", "released", "speed")
-    },
+    }
+    | {f"distributed.{name}" for name in ("exchange", "link", "parallel")},
     "triton": {"field.fused_experts", "field.fused_kernels"},
     "transformers": {"field.hf_experts"}
     | {f"transformers.{name}" for name in ("__init__", "implementation", "operators", "serve", "speed")},
