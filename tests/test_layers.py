@@ -42,6 +42,7 @@ ORDER = (
     ("device",),
     ("runtime",),
     ("verification",),
+    ("monitoring",),
     ("emission",),
     ("schedules",),
     ("intrinsics", "rewriting"),
@@ -65,6 +66,12 @@ ORDER = (
 )
 # The same inside a sub-package.
 INSIDE = {
+    "monitoring": (
+        ("measures", "on_device", "watching"),
+        ("counts", "prometheus"),
+        ("load",),
+        ("__init__",),
+    ),
     "bench": (
         ("ceilings",),
         ("workload",),
@@ -139,7 +146,7 @@ INSIDE = {
     "report": (
         ("readings",),
         ("drawing", "tables"),
-        ("comparisons", "insides"),
+        ("comparisons", "experts", "insides"),
         ("pictures",),
         ("page",),
         ("__init__",),
@@ -182,6 +189,7 @@ FOREIGN_ONLY_IN = {
     "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),
     "xgboost": {"tune.search"},
+    "prometheus_client": {"monitoring.prometheus"},
 }
 SCHEDULES_MAY = {"config", "cuda_geometry", "errors", "geometry", "target", "schedules"}
 

@@ -12,7 +12,7 @@ from ..display import size
 from ..errors import ReportError, without_pictures
 from ..paths import package_folder
 from ..version import __version__
-from . import pictures, tables
+from . import experts, pictures, tables
 from .pictures import Picture
 from .readings import Bench, Readings, read
 
@@ -58,6 +58,7 @@ def _page(readings: Readings, drawn: Sequence[Picture]) -> str:
         absent=tables.absent(readings),
         scaled=tables.scaled(readings),
         tuning=tables.tuning(readings.tunings),
+        experts=None if readings.load is None else experts.table(readings.load),
         runs=[tables.run_text(run) for run in readings.runs],
     )
 
