@@ -4,7 +4,8 @@
     page = report.write(["olmoe.json", "tuning.jsonl", "load.json"], "report")
 
 takes any number of results of `moegen bench`, records of `moegen tune` and counts of `moegen.monitoring` and writes
-`report/index.html`, which needs no other file, and the pictures beside it. Needs the `[report]` extra. The same files give the same page.
+`report/index.html`, which needs no other file, and the pictures beside it. Needs the `[report]` extra. The same files give the
+same page.
 """
 
 from __future__ import annotations
