@@ -42,6 +42,7 @@ from .pack.command import inspect_packed, pack, verify_packed
 from .report.command import report
 from .serve_bench.command import serve_bench
 from .tune.command import tune
+from .validation.command import validate
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -483,6 +484,7 @@ main.add_command(pack)
 main.add_command(report)
 main.add_command(serve_bench)
 main.add_command(tune)
+main.add_command(validate)
 
 
 if __name__ == "__main__":

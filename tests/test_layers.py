@@ -45,6 +45,7 @@ ORDER = (
     ("runtime",),
     ("torch",),
     ("verification",),
+    ("monitoring",),
     ("emission",),
     ("schedules",),
     ("intrinsics", "rewriting"),
@@ -67,11 +68,27 @@ ORDER = (
     ("tune",),
     ("report",),
     ("serve_bench",),
+    ("validation",),
     ("cli",),
     ("__main__",),
 )
 # The same inside a sub-package.
 INSIDE = {
+    "validation": (
+        ("layers", "intervals", "environment", "claims"),
+        ("others",),
+        ("proofs", "fresh", "speed", "pictures", "printing"),
+        ("page",),
+        ("run",),
+        ("__init__",),
+        ("command",),
+    ),
+    "monitoring": (
+        ("measures", "on_device", "watching"),
+        ("counts", "prometheus"),
+        ("load",),
+        ("__init__",),
+    ),
     "bench": (
         ("ceilings",),
         ("workload",),
@@ -191,7 +208,7 @@ INSIDE = {
     "report": (
         ("readings",),
         ("drawing", "tables"),
-        ("comparisons", "insides"),
+        ("comparisons", "experts", "insides"),
         ("pictures",),
         ("page",),
         ("__init__",),
@@ -216,7 +233,7 @@ RUNTIME_NEVER = {
     "records",
     "objects",
 }
-RUNTIME_NEVER |= {"verification", "reference", "bench", "pack", "report", "tune", "cli"}
+RUNTIME_NEVER |= {"verification", "reference", "bench", "pack", "report", "serve_bench", "tune", "cli", "monitoring", "validation"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
@@ -232,6 +249,7 @@ FOREIGN_ONLY_IN = {
         "serve_bench.command",
         "tune.command",
         "tune.shelf",
+        "validation.command",
     },
     "tqdm": {"bench.command", "cli", "pack.command", "serve_bench.command", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
@@ -252,6 +270,7 @@ FOREIGN_ONLY_IN = {
     "onnxruntime": {"bench.contenders.onnx_layer"},
     "ml_dtypes": set(),
     "xgboost": {"tune.search"},
+    "prometheus_client": {"monitoring.prometheus"},
 }
 SCHEDULES_MAY = {"config", "cuda_geometry", "errors", "geometry", "target", "schedules"}
 

@@ -16,7 +16,7 @@ from . import write
     "--out", "folder", type=click.Path(path_type=pathlib.Path), required=True, help="Folder for the page and its figures."
 )
 def report(results: tuple[pathlib.Path, ...], folder: pathlib.Path) -> None:
-    """Turn results of `moegen bench` into a page with figures.
+    """Turn results of `moegen bench`, records of `moegen tune` and counts of experts into a page with figures.
 
     \b
     Example:

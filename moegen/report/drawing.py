@@ -168,6 +168,16 @@ def whole_numbers(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(8, integer=True))
 
 
+def linear_numbers(axis: Axis) -> None:
+    """Ticks of a linear axis from zero as 500, 20k or 1.5M."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def heat_colours() -> Any:
+    """White for nothing to dark for most; what is not there is grey."""
+    return matplotlib.colormaps["YlGnBu"].with_extremes(bad="#e9e9e9")
+
+
 def plain_numbers(axis: Axis) -> None:
     """Ticks of a logarithmic axis as 0.5, 20 or 30k rather than powers."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -193,6 +203,12 @@ def log_numbers(axis: Axis, at_least: tuple[float, float] | None = None) -> None
     low, high = low / margin, high * margin
     axes.set(**{f"{name}lim": (low, high)})
     axis.set_major_locator(FixedLocator(_round_numbers(low, high)))
+    plain_numbers(axis)
+
+
+def log_ticks(axis: Axis) -> None:
+    """Round numbers on a logarithmic axis whose limits are set."""
+    axis.set_major_locator(FixedLocator(_round_numbers(*axis.get_view_interval())))
     plain_numbers(axis)
 
 

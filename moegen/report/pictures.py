@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import comparisons, drawing, insides
+from . import comparisons, drawing, experts, insides
 from .readings import Readings, Run
 
 THROUGHPUT = "Higher is better. Medians of whole calls; both axes are logarithmic."
@@ -23,6 +23,11 @@ LOAD = "How the routing spreads the largest batches over the experts, busiest fi
 TUNING = (
     "A dot is a candidate that ran and was correct; the line is the best so far, the dashed one what is used without tuning. "
     "The best of many trials is partly the luckiest: what was decided after measuring again stands under each picture."
+)
+
+EXPERTS = (
+    "Choices of the experts, before capacity. Evenness is the entropy of the choices over the largest possible, 1 when all experts "
+    "work alike, of the calls since the point before."
 )
 
 
@@ -50,6 +55,8 @@ def draw(readings: Readings) -> Iterator[Picture]:
             yield _picture(f"parts-{slug}", f"Where our time goes, {what}", PARTS, insides.parts(divided))
     if any(point["expert_load"] for run in runs for point in run.data["points"]):
         yield _picture("load.png", "Tokens per expert", LOAD, insides.load(runs))
+    if readings.load is not None:
+        yield _picture("experts.png", "Which experts work", EXPERTS, experts.figure(readings.load))
     if readings.tunings:
         yield _picture("tuning.png", "Tuning", TUNING, insides.tuning(readings.tunings))
 

@@ -1,4 +1,4 @@
-"""Reading what a report is made of: results of `moegen bench` and records of `moegen tune`.
+"""Reading what a report is made of: results of `moegen bench`, records of `moegen tune`, and counts of experts.
 
 What comes out of here is complete: every field that a picture or a table uses is there and of the right kind.
 """
@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from ..bench.results import KIND, SCHEMA_VERSION
-from ..errors import ReportError
+from ..errors import InputError, ReportError
+from ..monitoring import ExpertLoad
+from ..monitoring.load import KIND as LOAD_KIND
 from ..records import KINDS as RECORD_KINDS
 
 STATUSES = ("correct", "wrong", "failed")
@@ -121,24 +123,29 @@ class Readings(NamedTuple):
     benches: list[Bench]
     runs: list[Run]
     tunings: list[Tuning]
+    load: ExpertLoad | None = None  # the sum of all files with counts
 
 
 def read(paths: Sequence[str | os.PathLike[str]]) -> Readings:
     """What the files hold; their kind is told from their content.
 
     Raises:
-        ReportError: no file, or one that is missing or neither results nor tuning records.
+        ReportError: no file, or one that is missing or none of these.
     """
     if not paths:
         raise ReportError("a report needs at least one file with results: write one with 'moegen bench'")
     benches: list[Bench] = []
     tunings: list[Tuning] = []
+    loads: list[ExpertLoad] = []
     for path in map(pathlib.Path, paths):
         found = _read(path)
-        benches.append(found) if isinstance(found, Bench) else tunings.append(found)
+        if isinstance(found, Bench):
+            benches.append(found)
+        else:
+            tunings.append(found) if isinstance(found, Tuning) else loads.append(found)
     runs = [run for bench in benches for run in bench.data["runs"]]
     labels = _distinct([run["name"] for run in runs])
-    return Readings(benches, [Run(label, run) for label, run in zip(labels, runs, strict=True)], tunings)
+    return Readings(benches, [Run(label, run) for label, run in zip(labels, runs, strict=True)], tunings, _sum(loads))
 
 
 def correct(point: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -146,7 +153,14 @@ def correct(point: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [c for c in point["contenders"] if c["status"] == "correct"]
 
 
-def _read(path: pathlib.Path) -> Bench | Tuning:
+def _sum(loads: Sequence[ExpertLoad]) -> ExpertLoad | None:
+    try:
+        return ExpertLoad.merged(loads) if loads else None
+    except InputError as error:
+        raise ReportError(f"the counts of experts cannot be added: {error}") from None
+
+
+def _read(path: pathlib.Path) -> Bench | Tuning | ExpertLoad:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -158,8 +172,16 @@ def _read(path: pathlib.Path) -> Bench | Tuning:
         return _tuning(path, text)
     if isinstance(whole, dict) and ("trial" in whole or whole.get("kind") in RECORD_KINDS):
         return _tuning(path, text)
+    if isinstance(whole, dict) and whole.get("kind") == LOAD_KIND:
+        try:
+            return ExpertLoad.from_dict(whole, str(path))
+        except InputError as error:
+            raise ReportError(str(error)) from None
     if not isinstance(whole, dict) or whole.get("kind") != KIND:
-        raise ReportError(f'{path} is neither results (with "kind": "{KIND}") nor tuning records (with "trial" in each line)')
+        raise ReportError(
+            f'{path} is neither results (with "kind": "{KIND}") nor tuning records (with "trial" in each line) '
+            "nor counts of experts"
+        )
     return Bench(path.name, _bench(path, whole))
 
 
