@@ -87,12 +87,14 @@ INSIDE = {
         ("__init__",),
     ),
     "tune": (
-        ("search", "processes", "times", "journal", "space"),
+        ("search", "processes", "times", "journal", "space", "measurers"),
         ("processors", "devices"),
         ("kinds",),
         ("places",),
         ("wire",),
+        ("host",),
         ("guest",),
+        ("processor_guest", "device_guest"),
         ("errand",),
         ("remote",),
         ("worker", "building"),
@@ -167,7 +169,7 @@ RUNTIME_NEVER = {
 RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
-    "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
+    "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.host", "tune.wire"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"field.drawing", "report.drawing"},
     "PIL": {"report.drawing"},

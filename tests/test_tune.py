@@ -338,6 +338,7 @@ class FakeStand:
 
     config, target, threads, seed, effort = CONFIG, TARGET, 1, 0, Effort()
     processor = plan.provenance().processor
+    facts: Mapping[str, Any] = {}
 
     def __init__(self, factor: Callable[[Mapping[str, int]], float], fails: Mapping[int, CandidateError] | None = None) -> None:
         self.factor, self.fails, self.workshop = factor, fails or {}, Workshop()
