@@ -16,7 +16,6 @@ from .guest import Guest
 
 Array = npt.NDArray[Any]
 
-_OPENING_SECONDS = 30.0  # a device, and the kernels of two layers
 _BYTES_PER_SECOND = 0.5e9  # at the least, from memory that is not pinned to a device
 
 
@@ -25,7 +24,7 @@ class DeviceGuest(Guest):
 
     def room(self, packed_bytes: int, copies: int) -> list[Any]:
         """As `Guest.room`: the same memory once for each copy."""
-        self._loading_seconds = _OPENING_SECONDS + copies * packed_bytes / _BYTES_PER_SECOND
+        self._loading_seconds = copies * packed_bytes / _BYTES_PER_SECOND
         return [self.host.empty((packed_bytes,), "uint8")] * copies
 
     def packer(self) -> Packer:

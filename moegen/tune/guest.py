@@ -117,7 +117,7 @@ class Guest:
 
         Args:
             rows: of each batch, the tokens whose outputs are wanted, ascending.
-            limit: seconds after which the process that calls is killed, beside those that it takes to open a device.
+            limit: seconds after which the process that calls is killed, beside those that weights take to a device.
 
         Returns:
             ([2, tokens, H] in storage type, float64 seconds [2, B]); when the first call is slow, the others are left out, and

@@ -76,8 +76,8 @@ class Host:
             ending = self.call("machine", text, _DESCRIBING_SECONDS, said.tensor)
             if not well(ending):
                 raise MeasureError(
-                    f"{self.line} has no {what} to measure on: {said.how(ending, _DESCRIBING_SECONDS)}; "
-                    f"start servers of this key on machines that have one"
+                    f"{self.line} has no {what} to measure on ({said.how(ending, _DESCRIBING_SECONDS)}): "
+                    "start servers of its key on machines that have one"
                 )
             lines = text.numpy().tobytes().rstrip(b"\0").decode(errors="replace").splitlines()
         pairs = [line.partition(":")[::2] for line in reversed(lines) if ":" in line]  # the first processor's come last, and stay

@@ -92,12 +92,8 @@ class Stand:
 
     @property
     def processor(self) -> str:
-        """The processor or device that measures.
-
-        Raises:
-            MeasureError: its times are worth nothing.
-        """
-        return self.kind.admitted(self.by.name)
+        """The processor or device that measures."""
+        return self.by.name
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -190,12 +186,13 @@ def open_stand(
     Raises:
         TargetError: the target does not run where it is measured.
         PlaceLost: nobody there answers.
-        MeasureError: the layer does not fit into memory.
+        MeasureError: the layer does not fit into memory, or times there are worth nothing.
         BuildError: the default cannot be built.
     """
     kind = kinds.of(target)
     by = measurer_of(places, target.slug, target.arch) if places else kind.here()
     kind.check(config, target, by)
+    kind.admitted(by.name)
     needed, budget = round(weight_bytes(config) * _COPIES_IN_MEMORY), int(available_bytes() * _MEMORY_FRACTION)
     if needed > budget:
         raise MeasureError(f"{size(needed)} are needed for {_COPIES_IN_MEMORY:g} copies of the weights, {size(budget)} may be used")

@@ -41,9 +41,7 @@ class Layer {
     return Call(library_.Find("empty"), {CallGlobal("ffi.Shape", extents), type, Int(0)});
   }
   void Copy(TVMFFIAny to, TVMFFIAny from) { Call(library_.Find("copy"), {to, from, Int(0)}); }
-  TVMFFIAny Workspace(int64_t tokens) {
-    return Empty({Call(library_.Find("workspace_bytes"), {Int(tokens)}).v_int64}, {kDLUInt, 8, 1});
-  }
+  int64_t WorkspaceBytes(int64_t tokens) { return Call(library_.Find("workspace_bytes"), {Int(tokens)}).v_int64; }
 
   // Seconds of a call, by the device's own events around so many, from batch and copy `first` on.
   double Seconds(TVMFFIAny xs, TVMFFIAny out, TVMFFIAny weights, TVMFFIAny workspace, int64_t first, int64_t calls) {
@@ -65,7 +63,7 @@ class Bench {
   void Open(int64_t library) {
     layers_[library] = std::make_unique<Layer>(library);
     if (library == 0) Upload();
-    workspaces_[library] = layers_[library]->Workspace(x_.shape[1]);
+    workspaces_[library] = layers_[0]->Empty({layers_[library]->WorkspaceBytes(x_.shape[1])}, {kDLUInt, 8, 1});
   }
 
   const char* Answer(int64_t library, int64_t batch, double& seconds) {
