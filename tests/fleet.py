@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tvm_ffi.libinfo
-from helpers import environment
+from helpers import ROOT, environment
 
 import moegen
 from moegen import artifact as artifacts
@@ -56,7 +56,7 @@ class Fleet:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = int(probe.getsockname()[1])
         command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 1), *options]
-        env = dict(around or os.environ) | {"PYTHONPATH": environment()["PYTHONPATH"]}
+        env = dict(around or os.environ) | {"PYTHONPATH": str(ROOT / "tests" / "without_torch")}  # servers need no moegen
         with open(self.folder / f"{port}.log", "wb") as log:
             self.processes[port] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
         return port

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from moegen.cuda import emission, emulated_driver, making, planning
 from moegen.cuda_geometry import CudaGeometry
 from moegen.errors import CandidateError, MeasureError, TargetError
 from moegen.target import host_arch
-from moegen.tune import devices, remote
+from moegen.tune import command, devices, remote, stand
 from moegen.tune.places import Places
 from moegen.tune.times import points_of
 
@@ -94,7 +95,12 @@ def test_a_device_elsewhere(
     """
     by = place.measurer("cuda", host_arch())
     assert (by.name, by.capability, by.facts["multiprocessors"]) == ("emulated sm_90", (9, 0), 132)
-    assert devices.architecture(by) == "sm_90"
+    assert command._arch("cuda", [place]) == devices.architecture(by) == "sm_90"
+    with (
+        pytest.raises(MeasureError, match="the CUDA device is 'emulated sm_90': its times are those of a processor"),
+        stand.open_stand(CONFIG, TARGET, 1, places=[place]),
+    ):
+        pass
     with pytest.raises(
         TargetError, match=r"cuda .*sm_80 does not run on the server .*, the emulated sm_90: tune with --arch sm_90 or"
     ):
@@ -145,16 +151,15 @@ def test_a_device_elsewhere(
 
 
 def test_refusals(fleet: Fleet, tmp_path: pathlib.Path) -> None:
-    def refused(key: str) -> str:
+    for key, reason in (
+        (WITHOUT, r"the server 127.0.0.1:\d+ has no CUDA device to measure on \(failed: there is no libcuda.so.1"),
+        ("nobody", r"0 free servers under key 'nobody', needed are 1: start `python -m tvm.exec.rpc_server"),
+    ):
         sizes = ["--experts=4", "--top-k=2", "--hidden=64", f"--logs={tmp_path}", f"--rpc={fleet.tracker}", f"--key={key}"]
         done = CliRunner().invoke(cli.main, ["tune", *sizes, "--target", "cuda"])
         assert done.exit_code == 1
         assert done.output.count("Error:") == 1
-        return str(done.output)
-
-    assert "has no CUDA device to measure on (failed: there is no libcuda.so.1" in refused(WITHOUT)
-    assert "for cuda -arch=sm_90\nError: the CUDA device is 'emulated sm_90': its times are" in refused(KEY)
-    assert "start `python -m tvm.exec.rpc_server" in refused("nobody")
+        assert re.search(reason, done.output)
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

@@ -75,6 +75,7 @@ def tune(
       moegen tune --preset olmoe
       moegen tune --experts 8 --top-k 2 --hidden 512 --regime few --trials 32
       moegen tune --preset olmoe --target cuda --arch sm_90a
+      moegen tune --preset olmoe --target cuda --rpc 10.0.0.5:9190 --key h100
       moegen tune --list
     """
     logs, as_json = options["logs"], options["as_json"]
@@ -124,9 +125,10 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
             stack.close()
             click.echo(shelf.kept(asked.logs), err=True)
             raise
+        here = kinds.of(resolved).provenance()
         if options["as_json"]:
             click.echo(as_json_text([session.summary(line) for line in decisions]))
-        elif any(line["better"] for line in decisions) and not places:
+        elif any(line["better"] and not here.differs_in(line["provenance"]) for line in decisions):
             click.echo("`moegen build` with the same layer uses what is faster from now on")
 
 

@@ -114,21 +114,22 @@ class Places:
         Raises:
             MeasureError: no place is left.
         """
-        for last in (False, True):
+        before: Place | None = None
+        while True:
             place = self._take()
             try:
                 found = place.measure(job)
             except PlaceLost as error:
-                self._lose(place, error, again=not last)
-                if last:
+                self._lose(place, error, again=before is None)
+                if before not in (None, place):
                     raise CandidateError(f"two places were lost with it: {error}", "runtime") from error
+                before = place
                 continue
             except BaseException:
                 self._free.put(place)
                 raise
             self._free.put(place)
             return found
-        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Closes all of them."""

@@ -79,7 +79,7 @@ class Bench {
   double Turn(int64_t library, int64_t round, double turn_seconds) {
     if (calls_ == 0) {
       const double typical = std::min(Seconds(0, 0, x_.shape[0]), Seconds(1, 0, x_.shape[0]));
-      calls_ = std::ceil(turn_seconds / std::max(typical, turn_seconds / kMostCalls));
+      calls_ = std::max(1.0, std::ceil(turn_seconds / std::max(typical, turn_seconds / kMostCalls)));
     }
     Seconds(library, round * calls_ + period_ - 1, 1);
     return Seconds(library, round * calls_, calls_);
