@@ -8,11 +8,14 @@ import os
 import pathlib
 import socket
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
+import tvm
 from fleet import FAKES, Fleet, altered, eventually, fake, open_fleet
 from helpers import TINY, built_with
 
@@ -22,6 +25,7 @@ from moegen.errors import CandidateError, MeasureError, PlaceLost
 from moegen.target import X86_FEATURES, host_cpu_flags
 from moegen.tune import remote
 from moegen.tune.guest import _stamps
+from moegen.tune.host import Host
 
 KEY = "tiny"
 CONFIG = moegen.MoEConfig(**TINY, dtype="bfloat16", gating="sigmoid", correction_bias=True)
@@ -141,3 +145,16 @@ def test_what_to_start(fleet: Fleet) -> None:
     for address in ("9190", ":9190", "here:port", "here:0"):
         with pytest.raises(MeasureError, match="must be HOST:PORT"):
             remote.servers(address, KEY)
+
+
+def test_what_arrives_damaged_is_sent_again() -> None:
+    sums: list[int] = []
+    host = object.__new__(Host)
+    host.line, host.device, host.call = "the server here:1", tvm.cpu(0), lambda name, made: sums.pop(0)
+    array = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    sums[:] = [1, zlib.crc32(array.tobytes())]
+    assert np.array_equal(host.put(array).numpy(), array)
+    assert not sums
+    sums[:] = [1, 2, 3]
+    with pytest.raises(PlaceLost, match="what is sent to the server here:1 arrives damaged: 3 times out of 3"):
+        host.put(array)

@@ -31,7 +31,7 @@ from moegen.errors import CandidateError, MeasureError, PlaceLost
 from moegen.report import readings
 from moegen.target import host_arch
 from moegen.toolchain import cxx
-from moegen.tune import processes, session, times, verdicts
+from moegen.tune import processes, processors, session, times, verdicts
 from moegen.tune.journal import Journal
 from moegen.tune.places import Here, Places
 from moegen.tune.search import Search
@@ -348,7 +348,7 @@ class FakeStand:
 
     config, target, threads, seed, effort = CONFIG, TARGET, 1, 0, Effort()
     processor = plan.provenance().processor
-    facts: Mapping[str, Any] = {}
+    facts = processors.here().facts
 
     def __init__(self, factor: Callable[[Mapping[str, int]], float], fails: Mapping[int, CandidateError] | None = None) -> None:
         self.factor, self.fails, self.workshop = factor, fails or {}, Workshop()
