@@ -71,6 +71,7 @@ def elsewhere(server: str, fields: Mapping[str, str]) -> Measurer:
 
 def _measurer(device: Device, where: str) -> Measurer:
     facts = {name: value for name, value in dataclasses.asdict(device).items() if name != "name"}
+    facts["capability"] = list(device.capability)  # as JSON has it
     return Measurer(device.name, where, device.l2_bytes, device.memory_bytes, facts, capability=device.capability)
 
 
