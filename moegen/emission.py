@@ -129,9 +129,14 @@ def title(config: MoEConfig) -> str:
     )
 
 
-def functions(config: MoEConfig) -> list[str]:
-    """Names of the element-wise functions that the module uses, in the order in which they build on one another."""
-    return _with_needs({_activation(config), "exp"} | ({"sigmoid"} if config.gating == "sigmoid" else set()))
+def functions(config: MoEConfig, *, gates: bool = False) -> list[str]:
+    """Names of the element-wise functions that the module uses, in the order in which they build on one another.
+
+    Args:
+        gates: the module itself weighs the shared expert with its gate.
+    """
+    sigmoid = config.gating == "sigmoid" or (gates and config.shared_gate)
+    return _with_needs({_activation(config), "exp"} | ({"sigmoid"} if sigmoid else set()))
 
 
 def activation_functions(config: MoEConfig) -> list[str]:

@@ -41,6 +41,15 @@ def lowered(config: moegen.MoEConfig, folder: pathlib.Path, only: str = "", tf32
     return compiler.lower(wanted, todo.geometry, {**todo.knobs, **knobs}, parse(["sm_80"]), tf32)
 
 
+def test_a_shared_gate_goes_with_any_activation(tmp_path: pathlib.Path) -> None:
+    """Its sigmoid is not the activation's."""
+    config = moegen.MoEConfig(
+        experts=4, top_k=2, hidden=64, intermediate=64, activation="relu", shared_intermediate=64, shared_gate=True
+    )
+    todo = planning.plan(config, "sm_80")
+    assert "combine" in dict(tvm_side.load_module(todo.te_source, tmp_path / "te_source.py").stages())
+
+
 # ---------------------------------------------------------------- machine code
 
 

@@ -215,6 +215,7 @@ class Stand(FakeStand):
     """Candidates' times by a formula, for a layer on a device."""
 
     config, target, effort, processor = CONFIG, TARGET, Effort(), H200.name
+    facts = property(lambda self: devices.here().facts)
 
     def tokens(self, regimes: Any) -> list[int]:
         return list(dict.fromkeys(tokens for regime in regimes for tokens in choices.tokens_of(CONFIG, regime)))
@@ -257,7 +258,6 @@ def test_refusals(no_device: None, tmp_path: pathlib.Path, monkeypatch: pytest.M
         return str(done.output)
 
     assert "there is no CUDA device here" in refused()
-    assert "--rpc measures on processors only so far" in refused("--rpc", "host:1", "--key", "gpu")
     assert "architecture 'sm_70'" in refused("--arch", "sm_70")
     monkeypatch.setattr(hardware, "device", lambda ordinal=0: H200)
     assert "NVIDIA H200: tune with --arch sm_90 or sm_90a" in refused("--arch", "sm_80")

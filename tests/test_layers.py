@@ -117,12 +117,14 @@ INSIDE = {
         ("command",),
     ),
     "tune": (
-        ("search", "processes", "times", "journal", "space"),
+        ("search", "processes", "times", "journal", "space", "measurers"),
         ("processors", "devices"),
         ("kinds",),
         ("places",),
         ("wire",),
+        ("host",),
         ("guest",),
+        ("processor_guest", "device_guest"),
         ("errand",),
         ("remote",),
         ("worker", "building"),
@@ -236,7 +238,7 @@ RUNTIME_NEVER = {
 RUNTIME_NEVER |= {"verification", "reference", "bench", "pack", "report", "serve_bench", "tune", "cli", "monitoring", "validation"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
-    "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
+    "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.host", "tune.wire"},
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"field.drawing", "report.drawing"},
     "PIL": {"report.drawing"},

@@ -31,7 +31,7 @@ from moegen.errors import CandidateError, MeasureError, PlaceLost
 from moegen.report import readings
 from moegen.target import host_arch
 from moegen.toolchain import cxx
-from moegen.tune import processes, session, times, verdicts
+from moegen.tune import processes, processors, session, times, verdicts
 from moegen.tune.journal import Journal
 from moegen.tune.places import Here, Places
 from moegen.tune.search import Search
@@ -309,8 +309,18 @@ def test_a_lost_place_costs_one_more_try() -> None:
     places = Places([Somewhere(PlaceLost("gone")), Somewhere(PlaceLost("gone, too"))])
     with pytest.raises(CandidateError, match="two places were lost with it: gone, too"):
         places.measure({})
-    with pytest.raises(MeasureError, match="no place to measure at is left"):
+    with pytest.raises(MeasureError, match=r"no place to measure at is left \(gone, too\)"):
         places.measure({})
+
+
+def test_the_last_place_is_asked_again() -> None:
+    """Its server may be there again; where it is not, that is not the candidate's doing."""
+    places = Places([Somewhere(PlaceLost("cut"), 1, PlaceLost("gone"), PlaceLost("and stays away"))])
+    assert places.measure({})["points"] == 1
+    assert places.count == 1
+    with pytest.raises(MeasureError, match=r"no place to measure at is left \(and stays away\)") as ended:
+        places.measure({})
+    assert not isinstance(ended.value, CandidateError)
 
 
 def test_places_measure_at_the_same_time() -> None:
@@ -338,6 +348,7 @@ class FakeStand:
 
     config, target, threads, seed, effort = CONFIG, TARGET, 1, 0, Effort()
     processor = plan.provenance().processor
+    facts = processors.here().facts
 
     def __init__(self, factor: Callable[[Mapping[str, int]], float], fails: Mapping[int, CandidateError] | None = None) -> None:
         self.factor, self.fails, self.workshop = factor, fails or {}, Workshop()

@@ -84,7 +84,7 @@ def te_source(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -> st
             tiling={"rows": list(rows)},
             config_literal=pprint.pformat(config.to_dict(), sort_dicts=False, width=120),
             tiling_literal=repr({"rows": list(rows)}),
-            functions=emission.functions(config),
+            functions=emission.functions(config, gates=True),
             gated_call=emission.GATED_CALLS.get(config.activation, ("", ""))[1],
             ffns=geometry.ffns,
             prefixes=[prefix for prefix, _, _ in geometry.ffns],

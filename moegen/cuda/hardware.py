@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any
 
 _NAME_BYTES = 256
-_L2_BYTES, _MAJOR, _MINOR = 38, 75, 76  # CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, _COMPUTE_CAPABILITY_MAJOR, _MINOR
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_ATTRIBUTES = {"l2_bytes": 38, "multiprocessors": 16, "clock_khz": 13, "memory_clock_khz": 36}  # the same enumeration's numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,20 @@ class Device:
         capability: compute capability, (major, minor).
         l2_bytes: size of the second-level cache.
         memory_bytes: all memory.
+        multiprocessors: how many.
+        clock_khz: the highest of the multiprocessors.
+        memory_clock_khz: the highest of the memory.
+        driver: version of CUDA that the driver has, 13000 for 13.0.
     """
 
     name: str
     capability: tuple[int, int]
     l2_bytes: int
     memory_bytes: int
+    multiprocessors: int = 0
+    clock_khz: int = 0
+    memory_clock_khz: int = 0
+    driver: int = 0
 
 
 def device(ordinal: int = 0) -> Device | None:
@@ -38,8 +47,12 @@ def device(ordinal: int = 0) -> Device | None:
         return None
     if driver.cuDeviceGetName(text, _NAME_BYTES, handle) or driver.cuDeviceTotalMem_v2(ctypes.byref(memory), handle):
         return None
-    l2_bytes, major, minor = (_attribute(driver, which, handle) for which in (_L2_BYTES, _MAJOR, _MINOR))
-    return Device(text.value.decode(errors="replace"), (major, minor), l2_bytes, memory.value)
+    version = ctypes.c_int(0)
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    major, minor = (_attribute(driver, which, handle) for which in (_MAJOR, _MINOR))
+    numbers = {name: _attribute(driver, which, handle) for name, which in _ATTRIBUTES.items()}
+    name = text.value.decode(errors="replace")
+    return Device(name, (major, minor), memory_bytes=memory.value, driver=version.value, **numbers)
 
 
 def name() -> str:

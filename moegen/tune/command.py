@@ -14,13 +14,14 @@ import click
 from ..choices import REGIMES
 from ..config import MoEConfig
 from ..display import as_json_text, brief
-from ..errors import ConfigError, TargetError
+from ..errors import ConfigError
 from ..options import layer_options, take_given, wanted_layers
 from . import shelf
 
 if TYPE_CHECKING:
     from ..records import Line
     from ..target import Target
+    from .places import Place
     from .session import Watch
 
 
@@ -74,6 +75,7 @@ def tune(
       moegen tune --preset olmoe
       moegen tune --experts 8 --top-k 2 --hidden 512 --regime few --trials 32
       moegen tune --preset olmoe --target cuda --arch sm_90a
+      moegen tune --preset olmoe --target cuda --rpc 10.0.0.5:9190 --key h100
       moegen tune --list
     """
     logs, as_json = options["logs"], options["as_json"]
@@ -97,29 +99,25 @@ def _layer(options: dict[str, Any], model: str | None, preset: str | None) -> Mo
 
 
 def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, options: dict[str, Any]) -> None:
-    if target == "cuda" and options["rpc"]:
-        raise TargetError(
-            "--rpc measures on processors only so far: for target cuda, run `moegen tune` on the machine with the device, "
-            "and take its records along with --export and --import"
-        )
-    places = _places(options)
     from . import kinds, session, stand  # here, because `moegen --help` needs no compiler
 
-    resolved = kinds.resolve(target, mcpu, arch, tf32=options["tf32"])
-    if not places:
-        kinds.of(resolved).check_here(config, resolved)
-    asked = session.Request(
-        config,
-        resolved,
-        options["regimes"],
-        options["trials"],
-        options["exhaustive"],
-        options["threads"],
-        options["seed"],
-        options["logs"],
-        stand.Effort(rounds=options["rounds"]),
-    )
     with contextlib.ExitStack() as stack:
+        places = _places(options, stack)
+        resolved = kinds.resolve(target, mcpu, arch or _arch(target, places), tf32=options["tf32"])
+        if not places:
+            kind = kinds.of(resolved)
+            kind.check(config, resolved, kind.here())
+        asked = session.Request(
+            config,
+            resolved,
+            options["regimes"],
+            options["trials"],
+            options["exhaustive"],
+            options["threads"],
+            options["seed"],
+            options["logs"],
+            stand.Effort(rounds=options["rounds"]),
+        )
         watch = _watch(stack, config, resolved)
         try:
             decisions = session.tune(asked, watch, places)
@@ -127,14 +125,15 @@ def _tune(config: MoEConfig, target: str, mcpu: str | None, arch: str | None, op
             stack.close()
             click.echo(shelf.kept(asked.logs), err=True)
             raise
-    if options["as_json"]:
-        click.echo(as_json_text([session.summary(line) for line in decisions]))
-    elif any(line["better"] for line in decisions) and not places:
-        click.echo("`moegen build` with the same layer uses what is faster from now on")
+        here = kinds.of(resolved).provenance()
+        if options["as_json"]:
+            click.echo(as_json_text([session.summary(line) for line in decisions]))
+        elif any(line["better"] and not here.differs_in(line["provenance"]) for line in decisions):
+            click.echo("`moegen build` with the same layer uses what is faster from now on")
 
 
-def _places(options: dict[str, Any]) -> Sequence[Any]:
-    """Where to measure; nothing stands for this machine."""
+def _places(options: dict[str, Any], stack: contextlib.ExitStack) -> Sequence[Place]:
+    """Where to measure, until the stack is closed; nothing stands for this machine."""
     tracker, key = options["rpc"], options["key"]
     if bool(tracker) != bool(key):
         raise click.UsageError("--rpc HOST:PORT and --key NAME go together.")
@@ -143,8 +142,21 @@ def _places(options: dict[str, Any]) -> Sequence[Any]:
     # Imported here, because only this needs the packages of remote calls.
     from .remote import servers
 
-    found: Sequence[Any] = servers(tracker, key)
+    found: Sequence[Place] = servers(tracker, key, queue=lambda text: click.echo(text, err=True))
+    for place in found:
+        stack.callback(place.close)
     return found
+
+
+def _arch(target: str, places: Sequence[Place]) -> str | None:
+    """The architecture of the device that measures, where it is another machine's; otherwise the target has its own default."""
+    if target != "cuda" or not places:
+        return None
+    from ..target import host_arch
+    from . import devices
+    from .places import measurer_of
+
+    return devices.architecture(measurer_of(places, target, host_arch()))
 
 
 def _watch(stack: contextlib.ExitStack, config: MoEConfig, target: Target) -> Watch:

@@ -1,4 +1,4 @@
-"""What tuning has to know of targets `cuda`: this machine's first CUDA device. `kinds` describes the functions.
+"""What tuning has to know of targets `cuda`: the first CUDA device, this machine's or another's. `kinds` describes the functions.
 
 An emulated device (`moegen.cuda.emulator`) runs what is compiled for devices, but its times are a processor's: it may check a
 layer, and never tune one.
@@ -6,7 +6,8 @@ layer, and never tune one.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
 
 from ..config import MoEConfig
 from ..cuda import choices, hardware, planning
@@ -17,9 +18,12 @@ from ..errors import MeasureError, TargetError
 from ..presets import weight_bytes
 from ..records import EMULATED, Provenance
 from ..target import Target, host_arch
+from .measurers import HERE, Measurer
 from .space import CudaSpace
 
 WORKER = "device_worker"
+HELPER = "devices"
+WHAT = "CUDA device"
 _MEMORY_FRACTION = 0.8
 
 
@@ -43,9 +47,45 @@ def versions() -> dict[str, str]:
     return planning.versions() | {"compiler": planning.nvidia_compiler()}
 
 
-def name() -> str:
-    """The device."""
-    return _here().name
+def here() -> Measurer:
+    """This machine's device.
+
+    Raises:
+        TargetError: there is none.
+    """
+    found = hardware.device()
+    if found is None:
+        raise TargetError(
+            "there is no CUDA device here, so that nothing can be measured: run `moegen tune` on the machine with the device, or "
+            "with --rpc HOST:PORT --key NAME against servers on such machines"
+        )
+    return _measurer(found, HERE)
+
+
+def elsewhere(server: str, fields: Mapping[str, str]) -> Measurer:
+    """A server's device, by what the helper says of it (`templates/tune/devices.cc`)."""
+    numbers = {name: int(value) for name, value in fields.items() if name != "name"}
+    capability = numbers.pop("major"), numbers.pop("minor")
+    return _measurer(Device(fields["name"], capability, **numbers), server)
+
+
+def _measurer(device: Device, where: str) -> Measurer:
+    facts = {name: value for name, value in dataclasses.asdict(device).items() if name != "name"}
+    facts["capability"] = list(device.capability)  # as JSON has it
+    return Measurer(device.name, where, device.l2_bytes, device.memory_bytes, facts, capability=device.capability)
+
+
+def architecture(by: Measurer) -> str:
+    """What `--arch` says for a device: machine code that it runs, and later ones of its kind.
+
+    Raises:
+        TargetError: there is none.
+    """
+    if found := choose([one for one in KNOWN.values() if not one.specific], by.capability):
+        return found.name
+    raise TargetError(
+        f"the {by.name} of {by.where} has compute capability {'.'.join(map(str, by.capability))}; known are {', '.join(KNOWN)}"
+    )
 
 
 def admitted(name: str) -> str:
@@ -55,7 +95,7 @@ def admitted(name: str) -> str:
         MeasureError: it is emulated.
     """
     if name.startswith(EMULATED):
-        raise MeasureError(f"the CUDA device here is {name!r}: its times are those of a processor, and are not recorded")
+        raise MeasureError(f"the CUDA device is {name!r}: its times are those of a processor, and are not recorded")
     return name
 
 
@@ -66,37 +106,17 @@ def threads(wanted: int | None) -> int:
     return 1
 
 
-def cache_bytes() -> int:
-    """Of the second-level cache."""
-    return _here().l2_bytes
-
-
-def facts() -> dict[str, Any]:
-    """Sizes that records keep."""
-    return {"memory_bytes": _here().memory_bytes, "l2_bytes": _here().l2_bytes}
-
-
 def runs_here(target: Target) -> bool:
     """Whether this machine has a device that runs machine code for a target."""
     found = hardware.device()
     return found is not None and target.arch == host_arch() and choose(parse(target.gpus), found.capability) is not None
 
 
-def check_here(config: MoEConfig, target: Target) -> None:
-    """Raises a TargetError or a MeasureError for what cannot be measured here."""
-    here = _here()
-    if not runs_here(target):
-        able = " or ".join(one.name for one in KNOWN.values() if one.capability == here.capability)
-        raise TargetError(f"{target} does not run on this machine's {here.name}: tune with --arch {able or 'of an older device'}")
-    if (needed := weight_bytes(config)) > _MEMORY_FRACTION * here.memory_bytes:
-        raise MeasureError(f"{size(needed)} of weights do not fit on the {here.name}, which has {size(here.memory_bytes)}")
-
-
-def _here() -> Device:
-    found = hardware.device()
-    if found is None:
-        raise TargetError(
-            "there is no CUDA device here, so that nothing can be measured: run `moegen tune` on the machine with the device, "
-            "and take its records along with --export and --import"
-        )
-    return found
+def check(config: MoEConfig, target: Target, by: Measurer) -> None:
+    """Raises a TargetError or a MeasureError for what a device cannot measure."""
+    if target.arch != host_arch() or choose(parse(target.gpus), by.capability) is None:
+        able = " or ".join(one.name for one in KNOWN.values() if one.capability == by.capability)
+        where = "this machine's" if by.where == HERE else f"{by.where}, the"
+        raise TargetError(f"{target} does not run on {where} {by.name}: tune with --arch {able or 'of an older device'}")
+    if (needed := weight_bytes(config)) > _MEMORY_FRACTION * by.memory_bytes:
+        raise MeasureError(f"{size(needed)} of weights do not fit on the {by.name}, which has {size(by.memory_bytes)}")

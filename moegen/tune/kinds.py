@@ -14,6 +14,7 @@ from ..plan import Plan
 from ..records import Provenance
 from ..target import Target
 from . import devices, processors
+from .measurers import Measurer
 
 
 class Candidates(Protocol):
@@ -48,6 +49,12 @@ class Kind(Protocol):
     WORKER: str
     """The module of `moegen.tune` that measures a candidate beside the default in a process of its own."""
 
+    HELPER: str
+    """The source in `templates/tune` that measures on a server."""
+
+    WHAT: str
+    """What measures, in a word or two."""
+
     def space(self, config: MoEConfig, target: Target, regime: str) -> Candidates:
         """The candidates of a regime."""
 
@@ -60,8 +67,20 @@ class Kind(Protocol):
     def versions(self) -> dict[str, str]:
         """Versions of everything that decides the code."""
 
-    def name(self) -> str:
-        """The processor or device that measures here."""
+    def here(self) -> Measurer:
+        """The processor or device that measures here.
+
+        Raises:
+            TargetError: there is none.
+        """
+
+    def elsewhere(self, server: str, fields: Mapping[str, str]) -> Measurer:
+        """The one that measures on a server.
+
+        Args:
+            server: what messages call it.
+            fields: what the helper says of its machine.
+        """
 
     def admitted(self, name: str) -> str:
         """The name of what measures, whose times may be recorded.
@@ -77,28 +96,21 @@ class Kind(Protocol):
             MeasureError: there are not so many.
         """
 
-    def cache_bytes(self) -> int:
-        """What weights have to exceed together, so that a call does not find them where the last one left them."""
-
-    def facts(self) -> dict[str, Any]:
-        """Sizes of what measures, for the records."""
-
     def runs_here(self, target: Target) -> bool:
         """Whether this machine runs what is compiled for a target."""
 
-    def check_here(self, config: MoEConfig, target: Target) -> None:
-        """Whether a layer for a target can be measured here.
+    def check(self, config: MoEConfig, target: Target, by: Measurer) -> None:
+        """Whether a layer for a target can be measured by that one.
 
         Raises:
-            TargetError: it does not run here.
-            MeasureError: it does not fit.
+            TargetError, MeasureError: it does not run there, or does not fit.
         """
 
 
 def of(target: Target | str) -> Kind:
-    """The kind of a target, or of its slug in the records."""
+    """The kind of a target, of its slug in the records, or of the word that the slug begins with."""
     slug = target if isinstance(target, str) else target.slug
-    return devices if slug.startswith("cuda-") else processors
+    return devices if slug.partition("-")[0] == "cuda" else processors
 
 
 def resolve(target: str, mcpu: str | None = None, arch: str | None = None, *, tf32: bool = False) -> Target:

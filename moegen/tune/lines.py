@@ -30,6 +30,7 @@ class Scribe:
         threads: of the measured layers.
         seed: of the search and of the workload.
         processor: that measured, or device, which may be another machine's.
+        facts: sizes of it that records keep.
     """
 
     config: MoEConfig
@@ -38,6 +39,7 @@ class Scribe:
     threads: int
     seed: int
     processor: str
+    facts: Mapping[str, Any]
 
     def trial(
         self, number: int, knobs: Mapping[str, int], outcome: Sequence[Measured] | CandidateError, seconds: float, usual: float
@@ -108,7 +110,7 @@ class Scribe:
             "provenance": dataclasses.asdict(kind.provenance()) | {"processor": self.processor},
             "versions": kind.versions(),
             "threads": self.threads,
-            **kind.facts(),
+            **self.facts,
             "seed": self.seed,
         }
 

@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import CandidateError, MeasureError, PlaceLost
+from . import kinds
+from .measurers import Measurer
 from .processes import run_module
 
 _TICK_SECONDS = 0.1
@@ -30,6 +32,18 @@ Job = Mapping[str, Any]
 
 class Place(Protocol):
     """Somewhere to measure."""
+
+    def measurer(self, target: str, arch: str) -> Measurer:
+        """What measures there.
+
+        Args:
+            target: a target's slug, or `cuda` or `llvm`.
+            arch: architecture of the machine.
+
+        Raises:
+            PlaceLost: the place is gone.
+            TargetError, MeasureError: there is nothing that could measure.
+        """
 
     def measure(self, job: Job) -> dict[str, Any]:
         """Carries out a job.
@@ -56,6 +70,10 @@ class Here:
     def __init__(self, folder: pathlib.Path, limit_seconds: float = 120.0, worker: str = "worker") -> None:
         self.folder, self.limit_seconds, self.worker = folder, limit_seconds, worker
 
+    def measurer(self, target: str, arch: str) -> Measurer:
+        """As `Place.measurer`."""
+        return kinds.of(target).here()
+
     def measure(self, job: Job) -> dict[str, Any]:
         """As `Place.measure`; the worker is a process of its own."""
         asked, answer = self.folder / "job.json", self.folder / "result.json"
@@ -75,6 +93,8 @@ class Here:
 class Places:
     """Several places that measure at the same time. A place that is lost is asked no more; its job goes to another one, once.
 
+    The last place that is left is asked again itself: a server may have become free again after its line was cut.
+
     Args:
         places: at least one.
     """
@@ -86,7 +106,7 @@ class Places:
             self._free.put(place)
         self._lock = threading.Lock()
         self.count = len(places)
-        self.are_here = all(isinstance(place, Here) for place in places)
+        self._lost: PlaceLost | None = None
 
     def measure(self, job: Job) -> dict[str, Any]:
         """As `Place.measure`, at the first place that is free.
@@ -94,32 +114,55 @@ class Places:
         Raises:
             MeasureError: no place is left.
         """
-        for last in (False, True):
+        before: Place | None = None
+        while True:
             place = self._take()
             try:
                 found = place.measure(job)
             except PlaceLost as error:
-                with self._lock:
-                    self.count -= 1
-                if last:
+                self._lose(place, error, again=before is None)
+                if before not in (None, place):
                     raise CandidateError(f"two places were lost with it: {error}", "runtime") from error
+                before = place
                 continue
             except BaseException:
                 self._free.put(place)
                 raise
             self._free.put(place)
             return found
-        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Closes all of them."""
         for place in self._all:
             place.close()
 
+    def _lose(self, place: Place, error: PlaceLost, again: bool) -> None:
+        with self._lock:
+            self._lost = error
+            if again and self.count == 1:
+                self._free.put(place)
+            else:
+                self.count -= 1
+
     def _take(self) -> Place:
         while True:
             with self._lock:
                 if not self.count:
-                    raise MeasureError("no place to measure at is left: start servers again, and run the same command to go on")
+                    raise MeasureError(
+                        f"no place to measure at is left ({self._lost}): start servers again, and run the same command to go on"
+                    )
             with contextlib.suppress(queue.Empty):
                 return self._free.get(timeout=_TICK_SECONDS)
+
+
+def measurer_of(places: Sequence[Place], target: str, arch: str) -> Measurer:
+    """What measures at the first place that answers; arguments as of `Place.measurer`.
+
+    Raises:
+        PlaceLost: none does.
+        TargetError, MeasureError: there is nothing that could measure.
+    """
+    for place in places[:-1]:
+        with contextlib.suppress(PlaceLost):
+            return place.measurer(target, arch)
+    return places[-1].measurer(target, arch)

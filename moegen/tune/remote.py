@@ -8,9 +8,10 @@ On the machine that knows the others, and on each machine that is to measure, wh
 (and --custom-addr ADDRESS for a server on the tracker's own machine, that others reach by another address than the tracker).
 Whoever reaches a server can run anything there: TVM's RPC is for networks whose users are trusted.
 
-A server measures for one client at a time. It needs neither moegen nor a C++ compiler, but a processor that runs the code that
-is measured: one that lacks features which the layers were compiled for is refused. That it is the processor which the records
-are for, is for the user to see to, by the servers' key; the result says which it was.
+A server measures for one client at a time. It needs neither moegen nor a compiler, but a processor or a CUDA device (with NVIDIA's
+driver) that runs the code that is measured: one that lacks what the layers were compiled for is refused. Of several
+devices the first one measures; $CUDA_VISIBLE_DEVICES of the server says which that is. A run measures on the same processor or
+device everywhere, so that servers of each kind have a key of their own.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import errors
 from ..errors import CandidateError, MeasureError, PlaceLost
 from ..paths import PACKAGE
+from .measurers import Measurer
 from .wire import PATIENCE_SECONDS, PREPARING_SECONDS, Tracker
 
 _ERRAND = "moegen.tune.errand"
+_POLL_SECONDS = 1.0
 
 
-def servers(tracker: str, key: str, needed: int = 1, patience: float = PATIENCE_SECONDS) -> list[Place]:
+def servers(
+    tracker: str, key: str, needed: int = 1, patience: float = PATIENCE_SECONDS, queue: Callable[[str], None] | None = None
+) -> list[Place]:
     """One place for each free server that the tracker has under a key.
 
     Args:
@@ -43,12 +48,18 @@ def servers(tracker: str, key: str, needed: int = 1, patience: float = PATIENCE_
         key: what the servers were started with.
         needed: the fewest that will do.
         patience: seconds that the tracker may take to answer and a server to become free.
+        queue: waits as long as others have the servers, and is told so in a sentence; None waits for nobody.
 
     Raises:
         MeasureError: the tracker does not answer, or has fewer; the message says what to start.
     """
     where = Tracker(tracker, patience)
-    free = where.free(key)
+    free, known = where.servers(key)
+    if queue is not None and free < needed <= known:
+        queue(f"waiting: the tracker {tracker} has {known} servers under key {key!r}, and others are using {known - free} of them")
+        while free < needed <= known:
+            time.sleep(_POLL_SECONDS)
+            free, known = where.servers(key)
     if free < needed:
         raise MeasureError(
             f"the tracker {tracker} has {free} free servers under key {key!r}, needed are {needed}: {where.how_to_serve(key)}"
@@ -67,24 +78,40 @@ class Place:
         self.tracker, self.key = tracker, key
         self._errand: _Process | None = None
 
+    def measurer(self, target: str, arch: str) -> Measurer:
+        """What measures there.
+
+        Args:
+            target: a target's slug, or `cuda` or `llvm`.
+            arch: architecture of the servers.
+
+        Raises:
+            PlaceLost, MeasureError, BuildError: as `measure`; there is no device.
+        """
+        return Measurer.of(self._ask({"measurer": target, "arch": arch}))
+
     def measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Carries out a job; a point where a layer is wrong is not timed, nor are those that follow.
 
         Args:
             job: "artifacts": folders of the default and of the candidate, with the same packed layout; "workload": folders made by
                 `moegen.bench.workload`, with batches for each T of "tokens"; "threads"; "rounds"; "min_ms" of a turn; "copies" of
-                the weights to go around; perhaps "limit_s", after which a candidate that does not answer is given up.
+                the weights to go around; perhaps "limit_s", after which a candidate that does not answer is given up, and the
+                name of the "processor" or device that has to measure.
 
         Returns:
             "points": for each folder and T, "workload", "tokens", "relative_l2" [default, candidate] (None when not finite) and
-            "seconds" [[...], [...]], a median for each round; "machine": "server", "processor", "processors".
+            "seconds" [[...], [...]], one for each round; "machine": "server", "processor", "processors".
 
         Raises:
             PlaceLost: the server is gone, or none was free. The next job looks for one again.
             CandidateError: the candidate crashed, hung or failed; the server and what it holds are well.
-            MeasureError: the job cannot be done here, whatever the candidate.
+            TargetError, MeasureError: the job cannot be done here, whatever the candidate.
             ArtifactError, BuildError: an artifact is damaged; there is no C++ compiler for the helper that servers are given.
         """
+        return self._ask(job)
+
+    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         if self._errand is None:
             self._errand = _Process(self.tracker, self.key)
         try:

@@ -99,7 +99,7 @@ def tune(asked: Request, watch: Watch | None = None, places: Sequence[Place] = (
             return [
                 _Regime(
                     asked,
-                    Scribe(asked.config, asked.target, regime, threads, asked.seed, stand.processor),
+                    Scribe(asked.config, asked.target, regime, threads, asked.seed, stand.processor, stand.facts),
                     stand,
                     journal,
                     seen,

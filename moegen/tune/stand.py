@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import choices
 from ..artifact import open_artifact
 from ..bench import workload
 from ..config import MoEConfig
@@ -21,7 +19,8 @@ from ..presets import weight_bytes
 from ..target import Target
 from . import kinds
 from .building import Candidate, Workshop
-from .places import Here, Place, Places
+from .measurers import Measurer
+from .places import Here, Place, Places, measurer_of
 from .processes import in_parallel
 from .times import Measured, merged, points_of, ratio
 
@@ -60,12 +59,21 @@ class Stand:
         config: the layer.
         folder: for workloads, artifacts and results.
         places: where to measure.
+        by: what measures there.
     """
 
     def __init__(
-        self, config: MoEConfig, target: Target, folder: pathlib.Path, places: Places, threads: int, seed: int, effort: Effort
+        self,
+        config: MoEConfig,
+        target: Target,
+        folder: pathlib.Path,
+        places: Places,
+        by: Measurer,
+        threads: int,
+        seed: int,
+        effort: Effort,
     ) -> None:
-        self.config, self.target, self.places = config, target, places
+        self.config, self.target, self.places, self.by = config, target, places, by
         self.kind = kinds.of(target)
         self.threads, self.seed, self.effort = threads, seed, effort
         self.folders = [folder / routing for routing in ROUTINGS]
@@ -74,7 +82,7 @@ class Stand:
         self.workshop = Workshop(config, target, folder)
         self.default = self._default(folder)
         packed_bytes = int(open_artifact(self.default).manifest["packed_bytes"])
-        self.copies = min(_MOST_COPIES, -(-2 * self.kind.cache_bytes() // packed_bytes))
+        self.copies = min(_MOST_COPIES, -(-2 * by.cache_bytes // packed_bytes))
 
     def _default(self, folder: pathlib.Path) -> pathlib.Path:
         (built,) = self.workshop.build([Candidate("few", {})])
@@ -82,19 +90,15 @@ class Stand:
             raise BuildError(f"the default cannot be built: {built}")
         return built
 
-    @functools.cached_property
+    @property
     def processor(self) -> str:
-        """The processor or device that measures; other machines say which theirs is.
+        """The processor or device that measures."""
+        return self.by.name
 
-        Raises:
-            MeasureError: no place is left to measure at, the default cannot be measured there, or its times are worth nothing.
-        """
-        if self.places.are_here:
-            return self.kind.admitted(self.kind.name())
-        regime = choices.REGIMES[0]
-        self.prepare([regime])
-        asked = self._job(self.copy_of_default(), [regime]) | {"rounds": 1}
-        return self.kind.admitted(str(self.places.measure(asked)["machine"]["processor"]))
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Its sizes, as records keep them."""
+        return self.by.facts
 
     def copy_of_default(self) -> pathlib.Path:
         """The default once more, under another name, so that it is loaded beside itself."""
@@ -147,6 +151,7 @@ class Stand:
             "rounds": self.effort.rounds,
             "min_ms": self.effort.min_ms,
             "copies": self.copies,
+            "processor": self.by.name,
         }
 
     def measure_each(
@@ -179,13 +184,15 @@ def open_stand(
         places: where to measure; this machine when there are none.
 
     Raises:
-        TargetError: the target does not run here, where it is measured.
-        MeasureError: the layer does not fit into memory.
+        TargetError: the target does not run where it is measured.
+        PlaceLost: nobody there answers.
+        MeasureError: the layer does not fit into memory, or times there are worth nothing.
         BuildError: the default cannot be built.
     """
     kind = kinds.of(target)
-    if not places:
-        kind.check_here(config, target)
+    by = measurer_of(places, target.slug, target.arch) if places else kind.here()
+    kind.check(config, target, by)
+    kind.admitted(by.name)
     needed, budget = round(weight_bytes(config) * _COPIES_IN_MEMORY), int(available_bytes() * _MEMORY_FRACTION)
     if needed > budget:
         raise MeasureError(f"{size(needed)} are needed for {_COPIES_IN_MEMORY:g} copies of the weights, {size(budget)} may be used")
@@ -193,4 +200,4 @@ def open_stand(
     with workload.temporary_folder(round(weight_bytes(config) * 2)) as folder:
         here = Here(folder, hurry.patience_seconds + weight_bytes(config) / _BYTES_PER_SECOND, kind.WORKER)
         with contextlib.closing(Places(places or [here])) as everywhere:
-            yield Stand(config, target, folder, everywhere, threads, seed, hurry)
+            yield Stand(config, target, folder, everywhere, by, threads, seed, hurry)

@@ -44,7 +44,7 @@ def settle(config: MoEConfig, target: Target, logs: str | os.PathLike[str] | Non
 def _settled(stand: Stand, decision: Line, folder: pathlib.Path) -> str:
     """One decision beside the default, at the points of its regime."""
     regime = str(decision["regime"])
-    scribe = Scribe(stand.config, stand.target, regime, stand.threads, stand.seed, stand.processor)
+    scribe = Scribe(stand.config, stand.target, regime, stand.threads, stand.seed, stand.processor, stand.facts)
     origin = " and ".join(kinds.of(stand.target).provenance().differs_in(decision["provenance"]))
     name = f"the tuning record for {regime} rows per expert (from {origin})"
     try:

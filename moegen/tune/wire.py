@@ -55,8 +55,17 @@ class Tracker:
         Raises:
             MeasureError: the tracker does not answer.
         """
-        queues = self._ask(base.TrackerCode.SUMMARY)[1]["queue_info"]
-        return int(queues.get(key, {}).get("free", 0))
+        return self.servers(key)[0]
+
+    def servers(self, key: str) -> tuple[int, int]:
+        """(free ones, all) under `key`.
+
+        Raises:
+            MeasureError: the tracker does not answer.
+        """
+        summary = self._ask(base.TrackerCode.SUMMARY)[1]
+        known = sum(each.get("key") == f"server:{key}" for each in summary["server_info"])
+        return int(summary["queue_info"].get(key, {}).get("free", 0)), known
 
     def claim(self, key: str, session_seconds: int, announce: Announce) -> Line:
         """A line to the next free server under `key`, which ends it after so many seconds.

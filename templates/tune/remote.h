@@ -1,9 +1,11 @@
-// What a measuring server does beside TVM's own RPC, uploaded by moegen.tune.guest to every session.
+// What the helpers of measuring servers share: arguments, libraries of layers, and child processes.
 //
-// Compiled layers run in child processes that inherit the session's packed weights: one that crashes or hangs ends nothing but
-// itself. Files of the session's folder: default.so and candidate.so. Nothing is linked, so that it compiles for any server.
+// A helper is uploaded by moegen.tune.host to every session of TVM's RPC. Compiled layers run in child processes that inherit the
+// session's packed weights: one that crashes or hangs ends nothing but itself. Files of the session's folder: default.so and
+// candidate.so. Nothing is linked, so that it compiles for any server.
+#pragma once
+
 #include <dlfcn.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -12,8 +14,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
-#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
@@ -29,10 +31,8 @@ namespace {
 using Function = int (*)(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 
 constexpr const char* kFiles[] = {"./default.so", "./candidate.so"};
-constexpr double kSlowSeconds = 0.5;        // one batch of a call so long is checked
-constexpr int kAsleepMicroseconds = 1000;  // threads of a pool wait that long, busily, for more work
+constexpr double kSlowSeconds = 0.5;  // one batch of a call so long is checked
 constexpr int64_t kSaidBytes = 512;
-constexpr size_t kHugeBytes = 4 << 20;
 
 constexpr int kFinished = 77, kGaveUp = 78;  // exit statuses of children, none that a library that calls exit() would choose
 
@@ -181,15 +181,7 @@ int64_t InChild(double limit_seconds, const DLTensor& text, Body body) {
   return ending + kCandidate * *who.data();
 }
 
-// ---------------------------------------------------------------- layers
-
-void* Memory(int64_t bytes) {
-  size_t size = std::max<int64_t>(bytes, 1);
-  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) throw Failure{"no memory"};
-  if (size >= kHugeBytes) madvise(data, size, MADV_HUGEPAGE);
-  return data;
-}
+// ---------------------------------------------------------------- values and functions of tvm-ffi
 
 TVMFFIAny Int(int64_t value) {
   TVMFFIAny any{};
@@ -205,68 +197,37 @@ TVMFFIAny Tensor(DLTensor& t) {
   return any;
 }
 
-// The batches of x [B, T, H], as tensors [T, H] in aligned memory of their own.
-std::vector<DLTensor> Batches(const DLTensor& x) {
-  std::vector<DLTensor> batches;
-  int64_t bytes = Bytes(x) / x.shape[0];
-  for (int64_t b = 0; b < x.shape[0]; ++b) {
-    batches.push_back({Memory(bytes), {kDLCPU, 0}, 2, x.dtype, x.shape + 1, nullptr, 0});
-    memcpy(batches.back().data, Data(x) + b * bytes, bytes);
-  }
-  return batches;
+[[noreturn]] void Raised() {
+  TVMFFIObjectHandle error = nullptr;
+  Ffi<void (*)(TVMFFIObjectHandle*)>("TVMFFIErrorMoveFromRaised")(&error);
+  if (error == nullptr) throw Failure{"the library failed and did not say why"};
+  const TVMFFIByteArray& message = TVMFFIErrorGetCellPtr(error)->message;
+  throw Failure{std::string(message.data, message.size)};
 }
 
-// A compiled layer in a child, for batches of T tokens; the child's end is its end.
-class Layer {
+// One of the session's two compiled layers.
+class Library {
  public:
-  Layer(const char* file, const DLTensor& batch, int64_t threads) : out_(batch) {
-    library_ = dlopen(file, RTLD_NOW | RTLD_LOCAL);
-    if (library_ == nullptr) throw Failure{dlerror()};
-    forward_ = Find("__tvm_ffi_moe_forward");
-    workspace_bytes_ = Call(Find("__tvm_ffi_moe_workspace_bytes"), {Int(batch.shape[0])}).v_int64;
-    pool_ = Call(Find("__tvm_ffi_moe_pool"), {Int(threads)}).v_int64;
-    workspace_ = {Memory(workspace_bytes_), {kDLCPU, 0}, 1, {kDLUInt, 8, 1}, &workspace_bytes_, nullptr, 0};
-    out_.data = Memory(Bytes(out_));
+  explicit Library(int64_t which) : handle_(dlopen(kFiles[which], RTLD_NOW | RTLD_LOCAL)) {
+    if (handle_ == nullptr) throw Failure{dlerror()};
   }
-  Layer(const Layer&) = delete;
-
-  const DLTensor& out() const { return out_; }
-  void Poison() { memset(out_.data, 0xFF, Bytes(out_)); }
-
-  // Seconds of one call.
-  double Forward(DLTensor x, DLTensor weights) {
-    TVMFFIAny none{};
-    auto start = std::chrono::steady_clock::now();
-    Call(forward_, {Tensor(x), none, Tensor(out_), Tensor(weights), Tensor(workspace_), Int(pool_), none, none, none, none});
-    last_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    return last_seconds_;
-  }
-  double last_seconds() const { return last_seconds_; }
-
- private:
-  Function Find(const char* name) {
-    void* symbol = dlsym(library_, name);
+  Function Find(const char* name) const {
+    void* symbol = dlsym(handle_, (std::string("__tvm_ffi_moe_") + name).c_str());
     if (symbol == nullptr) throw Failure{dlerror()};
     return reinterpret_cast<Function>(symbol);
   }
-  static TVMFFIAny Call(Function function, std::initializer_list<TVMFFIAny> arguments) {
-    TVMFFIAny result{};
-    if (function(nullptr, arguments.begin(), static_cast<int32_t>(arguments.size()), &result) == 0) return result;
-    TVMFFIObjectHandle error = nullptr;
-    Ffi<void (*)(TVMFFIObjectHandle*)>("TVMFFIErrorMoveFromRaised")(&error);
-    if (error == nullptr) throw Failure{"the library failed and did not say why"};
-    const TVMFFIByteArray& message = TVMFFIErrorGetCellPtr(error)->message;
-    throw Failure{std::string(message.data, message.size)};
-  }
 
-  void* library_;
-  Function forward_;
-  int64_t workspace_bytes_, pool_;
-  DLTensor workspace_{}, out_;
-  double last_seconds_ = 0;
+ private:
+  void* handle_;  // the child's end is its end
 };
 
-// ---------------------------------------------------------------- what is asked for
+TVMFFIAny Call(Function function, std::initializer_list<TVMFFIAny> arguments) {
+  TVMFFIAny result{};
+  if (function(nullptr, arguments.begin(), static_cast<int32_t>(arguments.size()), &result) != 0) Raised();
+  return result;
+}
+
+// ---------------------------------------------------------------- what every helper is asked for
 
 // Goes on in a child; the process itself waits, and ends well whatever becomes of the child. (TVM 0.27's server gives up for
 // good when the process of a session does not end well.)
@@ -283,29 +244,6 @@ int64_t Shield(const Given&) {
   _exit(0);
 }
 
-// processor(text): /proc/cpuinfo, as much as fits; returns the number of processors that the session may use.
-int64_t Processor(const Given& given) {
-  DLTensor text = given.Tensor(0);
-  memset(Data(text), 0, Bytes(text));
-  if (FILE* file = fopen("/proc/cpuinfo", "r")) {
-    size_t read = fread(Data(text), 1, Bytes(text), file);
-    (void)read;  // the rest stays zero
-    fclose(file);
-  }
-  cpu_set_t usable;
-  return sched_getaffinity(0, sizeof(usable), &usable) == 0 ? CPU_COUNT(&usable) : sysconf(_SC_NPROCESSORS_ONLN);
-}
-
-// huge(blob): asks for huge pages, as the runtime does for packed weights; before anything is written.
-int64_t Huge(const Given& given) {
-  constexpr uintptr_t kPage = 4096;
-  DLTensor blob = given.Tensor(0);
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(Data(blob)) + kPage - 1) / kPage * kPage;
-  uintptr_t end = reinterpret_cast<uintptr_t>(Data(blob)) + Bytes(blob);
-  if (end >= begin + kHugeBytes) madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
-  return 0;
-}
-
 // copy(from, to, offset): the bytes of `from` to an offset in `to`.
 int64_t Copy(const Given& given) {
   DLTensor from = given.Tensor(0), to = given.Tensor(1);
@@ -315,10 +253,35 @@ int64_t Copy(const Given& given) {
   return 0;
 }
 
+// checksum(of): CRC-32 of the bytes, as zlib has it (ISO 3309, polynomial 0xEDB88320).
+int64_t Checksum(const Given& given) {
+  static const std::array<uint32_t, 256> table = [] {
+    std::array<uint32_t, 256> made{};
+    for (uint32_t byte = 0; byte < 256; ++byte) {
+      made[byte] = byte;
+      for (int bit = 0; bit < 8; ++bit) made[byte] = made[byte] >> 1 ^ (made[byte] & 1 ? 0xEDB88320u : 0);
+    }
+    return made;
+  }();
+  DLTensor of = given.Tensor(0);
+  const auto* next = Data<const unsigned char>(of);
+  uint32_t sum = ~0u;
+  for (int64_t left = Bytes(of); left > 0; --left) sum = sum >> 8 ^ table[(sum ^ *next++) & 0xFF];
+  return static_cast<int64_t>(~sum);
+}
+
+void Fill(const DLTensor& to, const std::string& text) {
+  memset(Data(to), 0, Bytes(to));
+  memcpy(Data(to), text.data(), std::min<size_t>(text.size(), Bytes(to) - 1));
+}
+
 // answers(x [B, T, H], rows int32 [n], weights, threads, limit_s, out [2, n, H], seconds float64 [2, B], said uint8 [512])
 //
 // One call of both libraries for each batch into poisoned memory, only the first batch when they are slow. `out` takes the
 // outputs of some tokens, `rows` in ascending order out of B * T; `seconds` of what was not called stay 0.
+//
+// Bench(x, weights, threads) runs in a child: Open(library) first; Answer(library, batch, took) is the output of one call.
+template <typename Bench>
 int64_t Answers(const Given& given) {
   DLTensor x = given.Tensor(0), rows = given.Tensor(1), weights = given.Tensor(2), to = given.Tensor(5), seconds = given.Tensor(6);
   int64_t threads = given.Int(3), batches = x.shape[0], tokens = x.shape[1], count = Elements(rows);
@@ -326,17 +289,18 @@ int64_t Answers(const Given& given) {
   Shared<char> out(2 * count * row_bytes);
   Shared<double> took(2 * batches);
   int64_t ending = InChild(given.Float(4), given.Tensor(7), [&](int64_t& who) {
-    std::vector<DLTensor> xs = Batches(x);
+    Bench bench(x, {weights}, threads);
     for (int64_t library = 0; library < 2; ++library) {
       who = library;
-      Layer layer(kFiles[library], xs[0], threads);
+      bench.Open(library);
       const int32_t* row = Data<int32_t>(rows);
       char* next = out.data() + library * count * row_bytes;
-      for (int64_t b = 0; b < batches && layer.last_seconds() < kSlowSeconds; ++b) {
-        layer.Poison();
-        took.data()[library * batches + b] = layer.Forward(xs[b], weights);
+      double last_seconds = 0;
+      for (int64_t b = 0; b < batches && last_seconds < kSlowSeconds; ++b) {
+        const char* answer = bench.Answer(library, b, last_seconds);
+        took.data()[library * batches + b] = last_seconds;
         for (; row < Data<int32_t>(rows) + count && *row < (b + 1) * tokens; ++row, next += row_bytes) {
-          memcpy(next, Data(layer.out()) + (*row - b * tokens) * row_bytes, row_bytes);
+          memcpy(next, answer + (*row - b * tokens) * row_bytes, row_bytes);
         }
       }
     }
@@ -348,57 +312,41 @@ int64_t Answers(const Given& given) {
 
 // times(x [B, T, H], threads, rounds, turn_s, limit_s, seconds float64 [2, rounds], said uint8 [512], weights...)
 //
-// Rounds in which both libraries take turns, first the one and then the other: after a pause that lets threads fall asleep and
-// a call that wakes them, whole cycles through the batches, so many that the default takes about turn_s, each call with the
-// next copy of the weights. `seconds` takes the median call of each turn.
+// Rounds in which both libraries take turns, first the one and then the other, of so many calls that the default takes about
+// turn_s. Calls take the batches in turn, and the copies of the weights. `seconds` takes what Bench says of each turn.
+template <typename Bench>
 int64_t Times(const Given& given) {
   DLTensor x = given.Tensor(0), seconds = given.Tensor(5);
-  int64_t threads = given.Int(1), rounds = given.Int(2), batches = x.shape[0], calls = 0;
+  int64_t threads = given.Int(1), rounds = given.Int(2);
   double turn_seconds = given.Float(3);
   std::vector<DLTensor> weights;
   for (int32_t i = 7; i < given.count(); ++i) weights.push_back(given.Tensor(i));
   if (weights.empty()) throw Failure{"times: no weights"};
-  Shared<double> medians(2 * rounds);
+  Shared<double> found(2 * rounds);
   int64_t ending = InChild(given.Float(4), given.Tensor(6), [&](int64_t& who) {
-    std::vector<DLTensor> xs = Batches(x);
-    Layer one(kFiles[0], xs[0], threads);
+    Bench bench(x, weights, threads);
+    bench.Open(0);
     who = 1;
-    Layer other(kFiles[1], xs[0], threads);
-    Layer* layers[] = {&one, &other};
-    size_t steps[] = {0, 0};
-    auto call = [&](size_t step) { return layers[who]->Forward(xs[step % batches], weights[step % weights.size()]); };
+    bench.Open(1);
     for (int64_t round = 0; round < rounds; ++round) {
       for (int64_t turn = 0; turn < 2; ++turn) {
         who = (round + turn) % 2;
-        usleep(kAsleepMicroseconds);
-        call(batches - 1);
-        if (calls == 0) {
-          double cycle_seconds = 0;
-          for (int64_t b = 0; b < batches; ++b) cycle_seconds += call(b);
-          calls = batches * std::max<int64_t>(1, std::ceil(turn_seconds / cycle_seconds));
-        }
-        std::vector<double> took;
-        for (int64_t i = 0; i < calls; ++i) took.push_back(call(steps[who]++));
-        std::sort(took.begin(), took.end());
-        medians.data()[who * rounds + round] = (took[(calls - 1) / 2] + took[calls / 2]) / 2;
+        found.data()[who * rounds + round] = bench.Turn(who, round, turn_seconds);
       }
     }
   });
-  medians.CopyTo(seconds);
+  found.CopyTo(seconds);
   return ending;
 }
 
 }  // namespace
 
-#define REMOTE_EXPORT(name, function)                                                                      \
+#define REMOTE_EXPORT(name, ...)                                                                           \
   extern "C" __attribute__((visibility("default"))) int __tvm_ffi_remote_##name(                           \
       void*, const TVMFFIAny* values, int32_t count, TVMFFIAny* result) {                                  \
-    return Export(values, count, result, function);                                                        \
+    return Export(values, count, result, __VA_ARGS__);                                                     \
   }
 
 REMOTE_EXPORT(shield, Shield)
-REMOTE_EXPORT(processor, Processor)
-REMOTE_EXPORT(huge, Huge)
 REMOTE_EXPORT(copy, Copy)
-REMOTE_EXPORT(answers, Answers)
-REMOTE_EXPORT(times, Times)
+REMOTE_EXPORT(checksum, Checksum)
