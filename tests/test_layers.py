@@ -115,6 +115,7 @@ INSIDE = {
         ("emission",),
         ("choices",),
         ("hopper", "planning", "rewriting"),
+        ("joining",),
         ("compiler",),
         ("library",),
         ("making",),

@@ -1,0 +1,88 @@
+"""The router for a few tokens and the choice of experts after it in one launch: a thread block for each token and all its experts.
+
+Both are scheduled with the same threads; `moegen.cuda.joining` makes one kernel of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moegen.cuda_geometry import COPY_BYTES, ROUTER_LANES, CudaGeometry
+from moegen.errors import ScheduleError
+
+from . import few
+from .rewrites import Rewrite
+
+MOST_THREADS = 512  # by default: twice as many have half the registers for loads under way, and barriers take longer
+MOST_TOKENS = 128  # about as many as a device has multiprocessors; for more, a tile of tokens reads the router once
+MOST_BYTES = 256 << 10  # of the router
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """Choices of the router's product within the kernel.
+
+    Args:
+        columns: logits that a thread block makes at the same time; it takes all in turn.
+        lanes: threads that share a logit's dot product, neighbours in a warp.
+        unroll: steps of the dot product whose loads are under way together.
+    """
+
+    columns: int
+    lanes: int
+    unroll: int
+
+
+def default(geometry: CudaGeometry) -> Knobs:
+    """As many threads as have something to read."""
+    columns = min(64, max(8, 1 << (geometry.router.n - 1).bit_length()))
+    return Knobs(columns, min(_most_lanes(geometry), MOST_THREADS // columns), 8)
+
+
+def default_tokens(geometry: CudaGeometry) -> int:
+    """Up to how many tokens one launch is taken, 0 for never.
+
+    A multiprocessor reads some 100 GB/s. A router of `MOST_BYTES` takes it about as long as a second launch takes; a larger one is
+    better read by many thread blocks, which do not know of one another's logits.
+    """
+    router = geometry.router
+    return MOST_TOKENS if router.n * router.k_padded * geometry.item_bytes <= MOST_BYTES else 0
+
+
+def check(knobs: Knobs, geometry: CudaGeometry) -> None:
+    """Legality.
+
+    Raises:
+        ScheduleError: a number is out of range.
+    """
+    if knobs.columns not in (8, 16, 32, 64):
+        raise ScheduleError(f"columns={knobs.columns} must be 8, 16, 32 or 64")
+    if knobs.unroll not in (1, 2, 4, 8, 16):
+        raise ScheduleError(f"unroll={knobs.unroll} must be 1, 2, 4, 8 or 16")
+    if (most := _most_lanes(geometry)) % knobs.lanes or knobs.lanes < 1:
+        raise ScheduleError(f"lanes={knobs.lanes} must be a power of two up to {most}")
+    if not 32 <= knobs.columns * knobs.lanes <= 1024:
+        raise ScheduleError(f"columns * lanes = {knobs.columns * knobs.lanes} threads must be between 32 and 1024")
+
+
+def space(geometry: CudaGeometry) -> tuple[Knobs, ...]:
+    """Everything legal that is worth trying."""
+    found = []
+    for knobs in (Knobs(c, lanes, u) for c in (8, 16, 32, 64) for lanes in (4, 8, 16, 32) for u in (2, 4, 8, 16)):
+        try:
+            check(knobs, geometry)
+        except ScheduleError:
+            continue
+        found.append(knobs)
+    return tuple(found)
+
+
+def apply(sch: Any, name: str, knobs: Knobs, geometry: CudaGeometry) -> list[Rewrite]:
+    """The logits; `topk.apply` with as many threads is the other half."""
+    check(knobs, geometry)
+    return few.dot_products(sch, name, knobs.columns, knobs.lanes, knobs.unroll, geometry.item_bytes, geometry.token_copy)
+
+
+def _most_lanes(geometry: CudaGeometry) -> int:
+    return min(ROUTER_LANES, geometry.router_terms * geometry.item_bytes // COPY_BYTES)
