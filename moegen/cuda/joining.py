@@ -86,7 +86,7 @@ def side_by_side(source: str, first: Kernel, second: Kernel, names: Mapping[str,
     """
     if first.block != second.block:
         raise ScheduleError(
-            f"thread blocks of {first.symbol} are {first.block} and of {second.symbol} {second.block}: not one size"
+            f"thread blocks of {first.symbol} are {first.block}, of {second.symbol} {second.block}: not one size"
         )
     ours, theirs = _definition(source, first.symbol), _definition(source, second.symbol).renamed(names)
     body = f"""\
