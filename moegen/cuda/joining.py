@@ -85,9 +85,7 @@ def side_by_side(source: str, first: Kernel, second: Kernel, names: Mapping[str,
         ScheduleError: they have thread blocks of other sizes.
     """
     if first.block != second.block:
-        raise ScheduleError(
-            f"thread blocks of {first.symbol} are {first.block}, of {second.symbol} {second.block}: not one size"
-        )
+        raise ScheduleError(f"thread blocks of {first.symbol} are {first.block}, of {second.symbol} {second.block}: not one size")
     ours, theirs = _definition(source, first.symbol), _definition(source, second.symbol).renamed(names)
     body = f"""\
   if (blockIdx.x < {first.grid[0]}) {{
