@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .. import compiler as llvm_compiler
-from ..cuda_geometry import CudaGeometry
+from ..cuda_geometry import COPY_BYTES, CudaGeometry
 from ..errors import BuildError, ScheduleError, without_compiler
 from ..geometry import ITEM_BYTES
 from ..paths import package_folder
@@ -108,12 +108,12 @@ def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any]
         tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes, most_shared_bytes)
         schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
         return schedules.product.apply(sch, name, product, tile, item_bytes, tf32 and stage != "router")  # whose near ties decide
-    if name == "route_logits":
-        return schedules.route.apply(sch, name, knobs["route"], geometry)
+    if name in ("router_few", "route_logits"):
+        return schedules.route.apply(sch, name, knobs["route" if name == "route_logits" else name], geometry)
     if name == "route_choice":
         return schedules.topk.apply(sch, name, geometry.config.experts, knobs["route"].columns * knobs["route"].lanes)
     if name.endswith("_few"):
-        row_copy = schedules.few.COPY_BYTES // item_bytes if name == "down_few" else geometry.token_copy
+        row_copy = COPY_BYTES // item_bytes if name == "down_few" else geometry.token_copy
         return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes, row_copy)
     if name == "topk":
         return schedules.topk.apply(sch, name, geometry.config.experts)
@@ -131,6 +131,7 @@ def _joined(source: str, stages: Mapping[str, Stage], geometry: CudaGeometry) ->
         (kernel,) = made["router_few"].kernels
         tiles = -(-geometry.router.n // kernel.block[1])
         made["router_few"] = Stage("router_few", (dataclasses.replace(kernel, grid=(kernel.grid[0], str(tiles), "1")),))
+        source = joining.alone(source, kernel)
     if _ROUTE.keys() <= made.keys():
         (logits,), (choice,) = (made.pop(half).kernels for half in _ROUTE)
         tiles = -(-geometry.router.n // logits.block[1])

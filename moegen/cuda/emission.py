@@ -159,9 +159,10 @@ def host_source(
     )
 
 
-def unused(route_tokens: int) -> frozenset[str]:
+def unused(config: MoEConfig, route_tokens: int) -> frozenset[str]:
     """Stages that nobody launches when the router and the choice of experts are one launch up to so many tokens."""
-    return frozenset((["route"] if route_tokens == 0 else []) + (["router_few"] if route_tokens >= ROUTER_FEW_TOKENS else []))
+    router = route_tokens >= ROUTER_FEW_TOKENS and not config.shared_gate  # whose logit jitter makes another one
+    return frozenset((["route"] if route_tokens == 0 else []) + (["router_few"] if router else []))
 
 
 def dispatch_source(config: MoEConfig) -> str:

@@ -38,11 +38,16 @@ class _Definition:
         return _Definition(self.text, {new(name): new(text) for name, text in self.parameters.items()}, new(self.body))
 
 
+def alone(source: str, kernel: Kernel) -> str:
+    """The source with `kernel` allowed all registers of a multiprocessor, which makes the compiler begin loads together."""
+    bounds = f"__launch_bounds__({kernel.threads}"
+    return source.replace(f"{bounds}) {kernel.symbol}(", f"{bounds}, 1) {kernel.symbol}(")
+
+
 def in_turn(source: str, symbol: str, first: Kernel, second: Kernel, tiles: int, names: Mapping[str, str]) -> tuple[str, Kernel]:
     """`second` after `first`, where thread block t of `second` needs only what the blocks (t, *) of `first` made.
 
-    A thread block is all of these in turn; what it wrote to global memory it sees after a barrier. It may have a multiprocessor's
-    registers to itself, which makes the compiler begin loads together.
+    A thread block is all of these in turn; what it wrote to global memory it sees after a barrier. It has registers as in `alone`.
 
     Args:
         symbol: name of the kernel that takes the place of the two.

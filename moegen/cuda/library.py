@@ -67,7 +67,7 @@ def make(
     """
     toolchain = nvidia.find()
     architectures = parse(target.gpus)
-    program = compiler.lower(stages, geometry, knobs, architectures, target.tf32, emission.unused(route_tokens))
+    program = compiler.lower(stages, geometry, knobs, architectures, target.tf32, emission.unused(geometry.config, route_tokens))
     program = dataclasses.replace(program, source=program.source + emission.dispatch_source(geometry.config))
     own = hopper.lower(geometry, {name.removesuffix(SUFFIX): k for name, k in knobs.items() if name.endswith(SUFFIX)})
     oldest = min(architectures, key=lambda one: one.capability).plain

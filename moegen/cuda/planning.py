@@ -186,7 +186,8 @@ def default_knobs(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -
     """What is chosen when nothing was tuned."""
     limits = (geometry.item_bytes, min(one.max_shared_bytes_per_block for one in parse(target.gpus)))
     router = tiling.default(emission.ROUTER_ROWS, geometry.router, *limits)
-    found: dict[str, Any] = {f"router_{emission.ROUTER_ROWS}": router, "router_few": few.Knobs(), "route": route.default(geometry)}
+    found: dict[str, Any] = {f"router_{emission.ROUTER_ROWS}": router}
+    found |= {"router_few": route.default_alone(geometry), "route": route.default(geometry)}
     for name, product in geometry.products.items():
         if name == "router":
             continue

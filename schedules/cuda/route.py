@@ -1,6 +1,7 @@
-"""The router for a few tokens and the choice of experts after it in one launch: a thread block for each token and all its experts.
+"""The router for a few tokens, and the choice of experts after it in the same launch: thread blocks own a token and all its experts.
 
-Both are scheduled with the same threads; `moegen.cuda.joining` makes one kernel of them.
+Both are scheduled with the same threads, and `moegen.cuda.joining` makes one kernel of them. A router that is too large for that is
+a launch of its own, of many thread blocks.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ MOST_BYTES = 256 << 10  # of the router
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """Choices of the router's product within the kernel.
+    """Choices of the router's product.
 
     Args:
-        columns: logits that a thread block makes at the same time; it takes all in turn.
+        columns: logits that a thread block makes at the same time; one that owns a token makes all in turn.
         lanes: threads that share a logit's dot product, neighbours in a warp.
         unroll: steps of the dot product whose loads are under way together.
     """
@@ -38,6 +39,11 @@ def default(geometry: CudaGeometry) -> Knobs:
     """As many threads as have something to read."""
     columns = min(64, max(8, 1 << (geometry.router.n - 1).bit_length()))
     return Knobs(columns, min(_most_lanes(geometry), MOST_THREADS // columns), 8)
+
+
+def default_alone(geometry: CudaGeometry) -> Knobs:
+    """Of the router's own launch: as many thread blocks as there can be."""
+    return Knobs(4, _most_lanes(geometry), 8)
 
 
 def default_tokens(geometry: CudaGeometry) -> int:
@@ -56,8 +62,8 @@ def check(knobs: Knobs, geometry: CudaGeometry) -> None:
     Raises:
         ScheduleError: a number is out of range.
     """
-    if knobs.columns not in (8, 16, 32, 64):
-        raise ScheduleError(f"columns={knobs.columns} must be 8, 16, 32 or 64")
+    if knobs.columns not in (4, 8, 16, 32, 64):
+        raise ScheduleError(f"columns={knobs.columns} must be 4, 8, 16, 32 or 64")
     if knobs.unroll not in (1, 2, 4, 8, 16):
         raise ScheduleError(f"unroll={knobs.unroll} must be 1, 2, 4, 8 or 16")
     if (most := _most_lanes(geometry)) % knobs.lanes or knobs.lanes < 1:
@@ -69,7 +75,7 @@ def check(knobs: Knobs, geometry: CudaGeometry) -> None:
 def space(geometry: CudaGeometry) -> tuple[Knobs, ...]:
     """Everything legal that is worth trying."""
     found = []
-    for knobs in (Knobs(c, lanes, u) for c in (8, 16, 32, 64) for lanes in (4, 8, 16, 32) for u in (2, 4, 8, 16)):
+    for knobs in (Knobs(c, lanes, u) for c in (4, 8, 16, 32, 64) for lanes in (4, 8, 16, 32) for u in (2, 4, 8, 16)):
         try:
             check(knobs, geometry)
         except ScheduleError:
@@ -79,7 +85,7 @@ def space(geometry: CudaGeometry) -> tuple[Knobs, ...]:
 
 
 def apply(sch: Any, name: str, knobs: Knobs, geometry: CudaGeometry) -> list[Rewrite]:
-    """The logits; `topk.apply` with as many threads is the other half."""
+    """The logits; within one launch, `topk.apply` with as many threads is the other half."""
     check(knobs, geometry)
     return few.dot_products(sch, name, knobs.columns, knobs.lanes, knobs.unroll, geometry.item_bytes, geometry.token_copy)
 
