@@ -1,4 +1,4 @@
-"""The router for a few tokens, and the choice of experts after it in the same launch: thread blocks own a token and all its experts.
+"""The router for a few tokens, and the choice of experts after it in the same launch, a thread block for each token.
 
 Both are scheduled with the same threads, and `moegen.cuda.joining` makes one kernel of them. A router that is too large for that is
 a launch of its own, of many thread blocks.
@@ -16,6 +16,7 @@ from . import few
 from .rewrites import Rewrite
 
 MOST_THREADS = 512  # by default: twice as many have half the registers for loads under way, and barriers take longer
+MOST_LOADS = 4096  # of 16 bytes: what a multiprocessor has to wait for at once to read as fast as it can
 MOST_TOKENS = 128  # about as many as a device has multiprocessors; for more, a tile of tokens reads the router once
 MOST_BYTES = 256 << 10  # of the router
 
@@ -36,9 +37,10 @@ class Knobs:
 
 
 def default(geometry: CudaGeometry) -> Knobs:
-    """As many threads as have something to read."""
+    """As many threads as have something to read, up to `MOST_THREADS`, and `MOST_LOADS` under way."""
     columns = min(64, max(8, 1 << (geometry.router.n - 1).bit_length()))
-    return Knobs(columns, min(_most_lanes(geometry), MOST_THREADS // columns), 8)
+    lanes = min(_most_lanes(geometry), MOST_THREADS // columns)
+    return Knobs(columns, lanes, min(16, MOST_LOADS // (columns * lanes)))
 
 
 def default_alone(geometry: CudaGeometry) -> Knobs:
