@@ -7,6 +7,7 @@ reader of a checkpoint take. Gate and up are the two `parts` of one product, so 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from .config import MoEConfig
@@ -14,6 +15,8 @@ from .geometry import ITEM_BYTES, Segment
 
 K_MULTIPLE = 64  # terms of a dot product are padded to this
 N_MULTIPLE = 64  # and columns to this: the widest tile of a product, or its halves
+ROUTER_LANES = 32  # most threads that share a logit's dot product where a token's logits are made by one thread block
+COPY_BYTES = 16  # of the widest copy
 ALIGNMENT_BYTES = 256
 
 
@@ -108,6 +111,18 @@ class CudaGeometry:
         for prefix, up, down in self.ffns:
             found |= {f"{prefix}up": up, f"{prefix}down": down}
         return found
+
+    @property
+    def router_terms(self) -> int:
+        """Terms that the router goes through for few tokens, zeros at the end: as many for each of `ROUTER_LANES` or fewer."""
+        whole = ROUTER_LANES * COPY_BYTES // self.item_bytes
+        k = self.router.k_padded
+        return _round_up(k, whole) if k > whole else 1 << (k - 1).bit_length()
+
+    @property
+    def token_copy(self) -> int:
+        """Elements of a token that are read at once where tokens are read as they were given."""
+        return math.gcd(self.config.hidden, COPY_BYTES // self.item_bytes)
 
     @property
     def terms_type(self) -> str:

@@ -157,9 +157,10 @@ def kernel_tables(resources: Mapping[str, Mapping[str, Mapping[str, int]]]) -> I
 
 
 def proof_table(made: Artifact, report: Mapping[str, Any]) -> Iterator[str]:
-    columns = ("routing", "tokens", "relative_l2", "elementwise", "near_ties")
+    names = {"tokens": "T", "relative_l2": "relative L2", "near_ties": "near ties"}
+    columns = [name for name in report["cases"][0] if name in ("routing", "elementwise", "launches", *names)]
     rows = [[f"{c[name]:.1e}" if isinstance(c[name], float) else c[name] for name in columns] for c in report["cases"]]
-    yield table(("routing", "T", "relative L2", "elementwise", "near ties"), rows)
+    yield table([names.get(name, name) for name in columns], rows)
     bounds = report["bounds"]
     yield f"bounds: relative L2 {bounds['relative_l2']:.0e}, elementwise {bounds['elementwise']:.0e}; seed {report['seed']}"
     if report["rounding"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ def verify(
     tokens: Sequence[int] = TOKENS,
     routings: Sequence[str] = ROUTINGS,
     also: Sequence[tuple[str, int]] = (),
+    launches: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
     """Runs the proof.
 
@@ -63,6 +64,7 @@ def verify(
         threads: threads of the layer.
         tokens, routings: the cases, each with each.
         also: more cases, a routing and a number of tokens each.
+        launches: how many kernels were launched so far, where that can be told: each case says how many its call launched.
 
     Returns:
         `status` "passed" or "failed", the seed, the bounds, the worst errors, the failures as sentences, and one entry per case:
@@ -77,7 +79,7 @@ def verify(
     check_loadable(made)
     drawn = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     start = time.perf_counter()
-    proof = _Proof(module_of(made, threads), np.random.default_rng(drawn))
+    proof = _Proof(module_of(made, threads), np.random.default_rng(drawn), launches)
     asked = [*((routing, count) for routing in routings for count in tokens), *also]
     cases = [proof.case(routing, count) for routing, count in asked]
     failures = [f"{c['routing']} routing, T={c['tokens']}: {reason}" for c in cases for reason in c.pop("failed")]
@@ -108,8 +110,8 @@ def bounds(config: MoEConfig, tf32: bool = False) -> tuple[float, float]:
 class _Proof:
     """One module with random weights, and the reference on the same weights."""
 
-    def __init__(self, module: Module | DeviceModule, rng: np.random.Generator) -> None:
-        self.module, self.rng, self.config = module, rng, module.config
+    def __init__(self, module: Module | DeviceModule, rng: np.random.Generator, launches: Callable[[], int] | None = None) -> None:
+        self.module, self.rng, self.config, self.launches = module, rng, module.config, launches
         c = self.config
         per_expert = c.hidden * c.intermediate * (3 if c.gated else 2)
         distinct = min(c.experts, max(DISTINCT_WEIGHTS // per_expert, 2))
@@ -165,7 +167,9 @@ class _Proof:
         x = reference.round_to_dtype(drawn, self.config.dtype)
         given = _stored(x, self.config.dtype)
         out = HostArray(_poisoned(given.shape, self.config.dtype), self.config.dtype)
+        before = self.launches() if self.launches else 0
         self.layer.forward_into(given, out)
+        launched = {"launches": self.launches() - before} if self.launches else {}
         again, got = self.layer(given, return_routing=True)
         failed: list[str] = []
         expected, near = self._routing(routing, router, x, got, failed)
@@ -187,6 +191,7 @@ class _Proof:
             "relative_l2": l2,
             "elementwise": elementwise,
             "near_ties": int(near),
+            **launched,
             "failed": failed,
         }
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT
-from moegen.schedules.cuda import few, tiling
+from helpers import ROOT, stored
+from helpers import tokens as drawn
+from moegen.schedules.cuda import few, route, tiling
 
 import moegen
 from moegen import compiler as tvm_side
+from moegen import reference
 from moegen.cli import main
 from moegen.cuda import compiler, emission, emulated_driver, making, nvidia, planning, proof, sass
 from moegen.cuda.architectures import parse
@@ -72,6 +74,7 @@ def test_default_kernels_spill_nothing(tmp_path: pathlib.Path, fields: dict[str,
     assert {cubin.architecture.name for cubin in compiled.cubins} == set(names)
     for cubin in compiled.cubins:
         assert set(cubin.resources) >= {"up_16_kernel", "up_64_kernel", "up_128_kernel", "down_few_kernel"}
+        assert ("route_kernel" in cubin.resources) == (config.dtype == "bfloat16")
         for kernel, used in cubin.resources.items():
             assert (cubin.spilled_bytes[kernel], used.stack_bytes) == (0, 0), (cubin.architecture, kernel)
             launched = next((k for s in program.stages.values() for k in s.kernels if k.symbol == kernel), None)
@@ -179,6 +182,68 @@ def test_dispatch_makes_blocks_of_one_expert(tmp_path: pathlib.Path, rows: int) 
         assert dropped[0] == sum(max(0, (flat == e).sum() - capacity) for e in range(7))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"experts": 300, "top_k": 12, "hidden": 100, "gating": "sigmoid", "correction_bias": True, "n_group": 3, "topk_group": 2},
+        {"experts": 5, "top_k": 2, "hidden": 33, "router_bias": True, "shared_intermediate": 64, "shared_gate": True},
+        {"experts": 1, "top_k": 1, "hidden": 64},
+    ],
+    ids=lambda fields: f"E{fields['experts']}",
+)
+def test_routing_in_one_launch(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
+    """As float64 has it, and as two launches choose: with ties, a token whose logits are all equal, and one that is NaN."""
+    config = moegen.MoEConfig(intermediate=64, dtype="bfloat16", **fields)
+    program = lowered(config, tmp_path, "router_few|topk")
+    emulated, geometry = Emulated(program.source, tmp_path, arch="sm_80"), CudaGeometry(config)
+    rng, experts = np.random.default_rng(5), config.experts
+    weights = reference.random_weights(config, rng)
+    if experts > 4:
+        weights["router.weight"][[2, experts - 1]] = weights["router.weight"][0]
+    x = drawn(config, 4, rng)
+    x[2] = 0
+    packed = np.zeros(geometry.router.shape[2:], np.float32)
+    packed[:experts, : config.hidden] = weights["router.weight"]
+    bias = np.zeros(geometry.router.n_padded, np.float32)
+    bias[:experts] = weights.get("router.bias", 0)
+    x[3] = np.nan
+    found = {}
+    for launches in (["route"], ["router_few", "topk"]):
+        ids, shares = np.full((5, config.top_k), -99, np.int32), np.full((5, config.top_k), -99, np.float32)
+        logits = np.full((4, geometry.router.n_padded), np.nan, np.float32)
+        given = {"x": stored(x, "bfloat16").data, "w": stored(packed, "bfloat16").data, "bias": bias, "logits": logits, "T": 4}
+        given |= {"output": logits, "output.v0": ids, "output.v1": shares, "correction": weights.get("router.correction_bias")}
+        for kernel in (kernel for stage in launches for kernel in program.stages[stage].kernels):
+            grid = [int(extent.replace("T", "4")) for extent in kernel.grid]
+            arguments = [given[parameter.name] for parameter in kernel.parameters]
+            emulated.launch(kernel.symbol, grid, kernel.block, arguments, order="shuffled", seed=int(rng.integers(2**31)))
+        assert (ids[4] == -99).all(), "nothing beyond the tokens"
+        found[len(launches)] = ids[:4], shares[:4], logits
+    (ids, shares, logits), (two_ids, two_shares, two_logits) = found[1], found[2]
+    assert np.array_equal(ids, two_ids)
+    exact = x[:3].astype(np.float64) @ weights["router.weight"].T.astype(np.float64) + weights.get("router.bias", 0)
+    for made, share in ((logits, shares), (two_logits, two_shares)):
+        np.testing.assert_allclose(made[:3, :experts], exact, rtol=1e-5, atol=1e-6)
+        expected = reference.route(config, weights, x[:3], made[:3, :experts])
+        assert np.array_equal(ids[:3], expected.ids)
+        np.testing.assert_allclose(share[:3], expected.weights, rtol=1e-5)
+    if config.n_group == 1:
+        assert np.array_equal(ids[3], np.arange(config.top_k)), "NaN is last, and ties go to the lower index"
+
+
+def test_what_cannot_be_one_launch_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ScheduleError, match="not one size"):
+        lowered(LAYER, tmp_path, "(shared_)?up_few", shared_up_few=few.Knobs(columns=8))
+    with pytest.raises(ScheduleError, match="lanes=12 must be a power of two up to 16"):
+        lowered(LAYER, tmp_path, "router_few|topk", route=route.Knobs(columns=8, lanes=12, unroll=4))
+
+
+def test_a_large_router_is_read_by_many_thread_blocks() -> None:
+    for experts, hidden, most in ((8, 4096, 128), (64, 2048, 128), (128, 2048, 0), (256, 7168, 0)):
+        config = moegen.MoEConfig(experts=experts, top_k=8, hidden=hidden, dtype="bfloat16")
+        assert planning.plan(config).route_tokens == most
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("store")
@@ -220,37 +285,46 @@ def test_calls_on_an_emulated_device(built: moegen.Artifact, tmp_path: pathlib.P
     assert done.stdout.split() == words.split()
 
 
+# Fields, numbers of tokens, tokens up to which routing is one launch (None: the default), and launches for one token.
 VARIANTS = {
     # rows of one block: 16, 64 and 128
     "high blocks": (
         {"experts": 2, "top_k": 1, "hidden": 64, "intermediate": 128, "dtype": "float16", "activation": "gelu"},
-        (17, 90, 300),
+        (1, 17, 90, 300), None, 3,
     ),
     "odd float32": (
         {
             "experts": 5, "top_k": 3, "hidden": 33, "intermediate": 7, "dtype": "float32", "capacity_factor": 1.0,
             "router_bias": True,
         },
-        (0, 1, 40),
+        (0, 1, 40), 8, 6,  # tokens are padded and sorted where capacity drops choices
     ),
     "groups": (
         {
             "experts": 16, "top_k": 4, "hidden": 64, "intermediate": 96, "dtype": "bfloat16", "gating": "sigmoid",
             "correction_bias": True, "n_group": 4, "topk_group": 2, "routed_scaling": 2.5, "shared_intermediate": 48,
         },
-        (0, 3, 60),
+        (0, 1, 3, 60), 0, 4,  # as for a router of more weights
     ),
-    "top 1": ({"experts": 3, "top_k": 1, "hidden": 40, "intermediate": 24, "dtype": "bfloat16", "weight_on_input": True}, (1, 30)),
+    "top 1": (
+        {"experts": 3, "top_k": 1, "hidden": 100, "intermediate": 24, "dtype": "bfloat16", "weight_on_input": True},
+        (1, 30), None, 3,
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_agree_with_the_reference(name: str, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fields, tokens = VARIANTS[name]
+    fields, tokens, route_tokens, launches = VARIANTS[name]
     monkeypatch.setattr(proof, "emulated_cases", lambda *about: tokens)
-    report = moegen.build(moegen.MoEConfig(**fields), "cuda", store, arch="sm_80").verification()
+    todo = planning.plan(moegen.MoEConfig(**fields), "sm_80")
+    if route_tokens is not None:
+        todo = dataclasses.replace(todo, route_tokens=route_tokens)
+    report = moegen.build(todo, out=store).verification()
     assert report["status"] == "passed"
     assert {case["tokens"] for case in report["cases"]} == set(tokens)
+    if not proof.devices():
+        assert {case["launches"] for case in report["cases"] if case["tokens"] == 1} == {launches}
 
 
 def test_tf32_is_as_exact_as_it_can_be(store: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

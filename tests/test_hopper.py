@@ -294,7 +294,8 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> moegen.Artifact:
     target, rows = planning.resolve_target("sm_80,sm_90a"), (128,)
     knobs = planning.default_knobs(geometry, target, rows) | planning.hopper_knobs(geometry, target, rows)
     text = emission.te_source(geometry, target, rows)
-    todo = planning.CudaPlan(geometry, target, text, knobs, planning.default_regimes(rows), planning.few_tokens(geometry.config))
+    few_tokens = planning.few_tokens(geometry.config)
+    todo = planning.CudaPlan(geometry, target, text, knobs, planning.default_regimes(rows), few_tokens, route_tokens=0)
     return moegen.build(todo, out=tmp_path_factory.mktemp("hopper-store"), verify=False)
 
 

@@ -147,6 +147,7 @@ INSIDE = {
         ("emission",),
         ("choices",),
         ("hopper", "planning", "rewriting"),
+        ("joining",),
         ("compiler",),
         ("library",),
         ("making",),

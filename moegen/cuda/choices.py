@@ -1,8 +1,9 @@
 """What a build for CUDA may choose without changing what the layer computes or how its weights are packed, and how it is chosen.
 
-The regimes are those of `moegen.choices`: `few` (products without dispatch, and up to how many tokens), `some` (row blocks of the
-lowest height, and up to how many rows an expert has them) and `many` (the higher ones, and Hopper's own products). Each has kernels
-and lines in the table of row blocks of its own, so that what was found for one goes with whatever was found for the others.
+The regimes are those of `moegen.choices`: `few` (products without dispatch and routing in one launch, and up to how many tokens),
+`some` (row blocks of the lowest height, and up to how many rows an expert has them) and `many` (the higher ones, and Hopper's own
+products). Each has kernels and lines in the table of row blocks of its own, so that what was found for one goes with whatever was
+found for the others.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import numpy as np
 
 from ..config import MoEConfig
 from ..errors import ScheduleError
-from ..schedules.cuda import few, hopper, tiling
+from ..schedules.cuda import few, hopper, route, tiling
 from .architectures import parse
-from .emission import ROUTER_ROWS, RowBlocks
+from .emission import ROUTER_FEW_TOKENS, ROUTER_ROWS, RowBlocks
 
 if TYPE_CHECKING:
     from .planning import CudaPlan
 
 FEW_ROWS, SOME_ROWS, MANY_ROWS = 1, (8, 24), (64, 256)  # per expert in the mean, where a regime is measured
+MOST_ROUTE_TOKENS = 4096  # for more, a thread block for each token reads the router far too often
 MOST_CANDIDATES = 8192  # of a regime: more are represented by some
-FEW_TOKENS = "few_tokens"
+FEW_TOKENS, ROUTE_TOKENS = "few_tokens", "route_tokens"
 _HEIGHTS = {"some": tiling.ROWS[:1], "many": tiling.ROWS[1:]}
 _FIXED = ("rows",)  # of a tile: its kernel's name has it
 # Where one height of row blocks ends and the next begins; whatever one regime takes, the table's lines ascend.
@@ -62,8 +64,7 @@ def axes(plan: CudaPlan, regime: str) -> list[list[dict[str, int]]]:
     for stage in _stages(plan, regime):
         found.append([_flat(stage, option) for option in _options(plan, stage)])
     for name in _bound_names(plan, regime):
-        tried = _few_tokens(plan) if name == FEW_TOKENS else _ROWS_UP_TO[int(name.rpartition("_")[2])]
-        found.append([{name: value} for value in sorted(tried)])
+        found.append([{name: value} for value in sorted(_tried(plan, name))])
     for axis in found:
         own = {name: here[name] for name in axis[0]}
         if own not in axis:
@@ -111,7 +112,9 @@ def chosen(plan: CudaPlan, regime: str, wanted: Values) -> CudaPlan:
         raise ScheduleError(f"rows_up_to={ends} must be at least 1 and ascend with the height of row blocks")
     if not 0 <= bounds[FEW_TOKENS] <= _most_few_tokens(plan):
         raise ScheduleError(f"few_tokens={bounds[FEW_TOKENS]} must be between 0 and {_most_few_tokens(plan)}")
-    return dataclasses.replace(plan, knobs=knobs, regimes=lines, few_tokens=bounds[FEW_TOKENS])
+    if not 0 <= bounds[ROUTE_TOKENS] <= MOST_ROUTE_TOKENS:
+        raise ScheduleError(f"route_tokens={bounds[ROUTE_TOKENS]} must be between 0 and {MOST_ROUTE_TOKENS}")
+    return dataclasses.replace(plan, knobs=knobs, regimes=lines, few_tokens=bounds[FEW_TOKENS], route_tokens=bounds[ROUTE_TOKENS])
 
 
 # ---------------------------------------------------------------- kernels
@@ -120,7 +123,7 @@ def chosen(plan: CudaPlan, regime: str, wanted: Values) -> CudaPlan:
 def _stages(plan: CudaPlan, regime: str) -> list[str]:
     """The kernels of a regime that have knobs, Hopper's own where it has one; those of the shared expert follow them."""
     if regime == "few":
-        return ["router_few", "up_few", "down_few"] if plan.few_tokens else []
+        return ["route", "router_few", "up_few", "down_few"] if plan.few_tokens else []
     names = [f"{product}_{rows}" for rows in _HEIGHTS[regime] for product in ("up", "down")]
     names += [f"router_{ROUTER_ROWS}"] if regime == "some" else []
     return [own if (own := f"{name}{hopper.SUFFIX}") in plan.knobs else name for name in names if name in plan.knobs]
@@ -132,6 +135,9 @@ def _options(plan: CudaPlan, stage: str) -> tuple[Any, ...]:
     found: tuple[Any, ...]
     if isinstance(knobs, few.Knobs):
         found = few.space()
+        return found
+    if isinstance(knobs, route.Knobs):
+        found = route.space(plan.geometry)
         return found
     if isinstance(knobs, tiling.Tile):
         found = tiling.space(knobs.rows, plan.geometry.products[stage.rpartition("_")[0]], item_bytes, _most_shared_bytes(plan))
@@ -146,6 +152,8 @@ def _check_stage(plan: CudaPlan, stage: str, knobs: Any) -> None:
     """Raises a ScheduleError for what is illegal."""
     if isinstance(knobs, few.Knobs):
         few.check(knobs)
+    elif isinstance(knobs, route.Knobs):
+        route.check(knobs, plan.geometry)
     elif isinstance(knobs, tiling.Tile):
         product = plan.geometry.products[stage.rpartition("_")[0]]
         tiling.check(knobs, product, plan.geometry.item_bytes, _most_shared_bytes(plan))
@@ -178,7 +186,7 @@ def _flat(stage: str, knobs: Any) -> dict[str, int]:
 
 def _bound_names(plan: CudaPlan, regime: str) -> list[str]:
     if regime == "few":
-        return [FEW_TOKENS] if plan.few_tokens else []
+        return [FEW_TOKENS, ROUTE_TOKENS] if plan.few_tokens else []
     heights = {line.rows for line in plan.regimes if line.rows_up_to is not None}
     return [f"rows_up_to_{rows}" for rows in _HEIGHTS[regime] if rows in heights]
 
@@ -186,7 +194,13 @@ def _bound_names(plan: CudaPlan, regime: str) -> list[str]:
 def _bounds(plan: CudaPlan) -> dict[str, int]:
     """Every end by its name."""
     found = {f"rows_up_to_{line.rows}": line.rows_up_to for line in plan.regimes if line.rows_up_to is not None}
-    return found | {FEW_TOKENS: plan.few_tokens}
+    return found | {FEW_TOKENS: plan.few_tokens, ROUTE_TOKENS: plan.route_tokens}
+
+
+def _tried(plan: CudaPlan, name: str) -> tuple[int, ...]:
+    if name == ROUTE_TOKENS:
+        return (0, ROUTER_FEW_TOKENS, route.MOST_TOKENS)
+    return _few_tokens(plan) if name == FEW_TOKENS else _ROWS_UP_TO[int(name.rpartition("_")[2])]
 
 
 def _few_tokens(plan: CudaPlan) -> tuple[int, ...]:

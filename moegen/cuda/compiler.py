@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .. import compiler as llvm_compiler
-from ..cuda_geometry import CudaGeometry
+from ..cuda_geometry import COPY_BYTES, CudaGeometry
 from ..errors import BuildError, ScheduleError, without_compiler
 from ..geometry import ITEM_BYTES
 from ..paths import package_folder
 from ..schedules import cuda as schedules
+from . import joining
 from .architectures import Architecture
 from .kernels import Intermediate, Kernel, Parameter, Program, Stage
 
@@ -37,20 +39,24 @@ def lower(
     knobs: Mapping[str, Any],
     architectures: Sequence[Architecture],
     tf32: bool = False,
+    unused: Collection[str] = (),
 ) -> Program:
     """The stages of an emitted module as CUDA C++.
 
     Args:
         stages: name -> tensors, as the module's `stages` gives them.
-        knobs: stage -> `tiling.Tile` or `few.Knobs`, for those that have any.
+        knobs: stage -> `tiling.Tile`, `few.Knobs` or `route.Knobs`, for those that have any.
         architectures: that the kernels have to run on.
         tf32: multiply float32 on tensor cores, rounded to 10 bits of mantissa.
+        unused: stages that nobody launches.
 
     Raises:
         ScheduleError: knobs are illegal.
         BuildError: the module's stages cannot be lowered.
     """
-    functions = llvm_compiler.prim_funcs(stages.items())
+    halves = {half: stages[of] for half, of in _ROUTE.items() if of in stages and "route" in knobs and "route" not in unused}
+    wanted = {name: stage for name, stage in stages.items() if name not in unused} | (halves if len(halves) == len(_ROUTE) else {})
+    functions = llvm_compiler.prim_funcs(wanted.items())
     most_shared_bytes = min(one.max_shared_bytes_per_block for one in architectures)
     sch = tvm.s_tir.Schedule(tvm.IRModule(dict(functions)))
     scheduled = {}
@@ -72,10 +78,13 @@ def lower(
     source = _wide_offsets(str(executable.mod.imports[0].inspect_source()))
     types = _types(source)
     made = {name: _stage(name, functions[name], seen, types) for name in functions}
+    source, made = _joined(source, made, geometry)
     prelude = (package_folder("templates") / "cuda" / "device.cuh").read_text(encoding="utf-8")
     return Program(_with_prelude(source, prelude), made)
 
 
+# The stage `route` is one kernel of two functions that have stages of their own as well.
+_ROUTE = {"route_logits": "router_few", "route_choice": "topk"}
 _TARGET = {
     "kind": "cuda",
     "arch": "sm_90",
@@ -99,8 +108,13 @@ def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any]
         tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes, most_shared_bytes)
         schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
         return schedules.product.apply(sch, name, product, tile, item_bytes, tf32 and stage != "router")  # whose near ties decide
+    if name in ("router_few", "route_logits"):
+        return schedules.route.apply(sch, name, knobs["route" if name == "route_logits" else name], geometry)
+    if name == "route_choice":
+        return schedules.topk.apply(sch, name, geometry.config.experts, knobs["route"].columns * knobs["route"].lanes)
     if name.endswith("_few"):
-        return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes)
+        row_copy = COPY_BYTES // item_bytes if name == "down_few" else geometry.token_copy
+        return schedules.few.apply(sch, name, knobs.get(name) or schedules.few.Knobs(), item_bytes, row_copy)
     if name == "topk":
         return schedules.topk.apply(sch, name, geometry.config.experts)
     if name == "losses":
@@ -108,6 +122,26 @@ def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any]
     if name in ("pad", "combine", "combine_routed"):
         return schedules.elementwise.apply(sch, name)
     raise ScheduleError(f"there is no CUDA schedule for stage {name!r}")
+
+
+def _joined(source: str, stages: Mapping[str, Stage], geometry: CudaGeometry) -> tuple[str, dict[str, Stage]]:
+    """What can be one launch as one launch, and no thread blocks for the router's columns of padding."""
+    made = dict(stages)
+    if "router_few" in made:
+        (kernel,) = made["router_few"].kernels
+        tiles = -(-geometry.router.n // kernel.block[1])
+        made["router_few"] = Stage("router_few", (dataclasses.replace(kernel, grid=(kernel.grid[0], str(tiles), "1")),))
+        source = joining.alone(source, kernel)
+    if _ROUTE.keys() <= made.keys():
+        (logits,), (choice,) = (made.pop(half).kernels for half in _ROUTE)
+        tiles = -(-geometry.router.n // logits.block[1])
+        source, kernel = joining.in_turn(source, "route_kernel", logits, choice, tiles, {"output": "logits"})
+        made["route"] = Stage("route", (kernel,))
+    if {"up_few", "shared_up_few"} <= made.keys():
+        (routed,), (shared,) = made["up_few"].kernels, made.pop("shared_up_few").kernels
+        source, kernel = joining.side_by_side(source, routed, shared, {"w": "shared_w", "output": "shared_output"})
+        made["up_few"] = Stage("up_few", (kernel,))
+    return source, made
 
 
 class _Seen:

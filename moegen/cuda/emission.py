@@ -90,6 +90,9 @@ def te_source(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -> st
             prefixes=[prefix for prefix, _, _ in geometry.ffns],
             router=geometry.router,
             router_rows=ROUTER_ROWS,
+            router_terms=geometry.router_terms,
+            token_copy=geometry.token_copy,
+            item_bytes=geometry.item_bytes,
             terms_type=geometry.terms_type,
             many_threads=True,
         )
@@ -104,6 +107,7 @@ def host_source(
     images: Sequence[Image],
     regimes: Sequence[RowBlocks],
     few_tokens: int,
+    route_tokens: int,
     hopper: Sequence[HopperKernel] = (),
 ) -> str:
     """The C++ host that launches the compiled stages in order and exports the layer's entry points.
@@ -111,7 +115,7 @@ def host_source(
     Args:
         program: the stages.
         images: as they are embedded, those before others that a device which runs both should take first.
-        regimes, few_tokens: of `CudaPlan`.
+        regimes, few_tokens, route_tokens: of `CudaPlan`.
         hopper: kernels that take a stage's place on Hopper.
     """
     config, stages = geometry.config, program.stages
@@ -143,6 +147,7 @@ def host_source(
             tiles=rows,
             regimes=regimes,
             few_tokens=few_tokens,
+            route_tokens=route_tokens,
             router_few_tokens=ROUTER_FEW_TOKENS,
             router_rows=ROUTER_ROWS,
             max_tokens=INT32_MAX // config.top_k,
@@ -152,6 +157,12 @@ def host_source(
             hopper_image=next((image for image in images if image.hopper), None),
         )
     )
+
+
+def unused(config: MoEConfig, route_tokens: int) -> frozenset[str]:
+    """Stages that nobody launches when the router and the choice of experts are one launch up to so many tokens."""
+    router = route_tokens >= ROUTER_FEW_TOKENS and not config.shared_gate  # whose logit jitter makes another one
+    return frozenset((["route"] if route_tokens == 0 else []) + (["router_few"] if router else []))
 
 
 def dispatch_source(config: MoEConfig) -> str:

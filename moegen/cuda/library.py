@@ -48,6 +48,7 @@ def make(
     knobs: Mapping[str, Any],
     regimes: Sequence[RowBlocks],
     few_tokens: int,
+    route_tokens: int,
     work: pathlib.Path,
     out: pathlib.Path,
 ) -> Library:
@@ -56,6 +57,7 @@ def make(
     Args:
         stages: name -> tensors of the emitted module.
         knobs: stage -> its knobs, for those that have any.
+        regimes, few_tokens, route_tokens: of `CudaPlan`.
         work: an empty folder.
         out: the library.
 
@@ -65,14 +67,14 @@ def make(
     """
     toolchain = nvidia.find()
     architectures = parse(target.gpus)
-    program = compiler.lower(stages, geometry, knobs, architectures, target.tf32)
+    program = compiler.lower(stages, geometry, knobs, architectures, target.tf32, emission.unused(geometry.config, route_tokens))
     program = dataclasses.replace(program, source=program.source + emission.dispatch_source(geometry.config))
     own = hopper.lower(geometry, {name.removesuffix(SUFFIX): k for name, k in knobs.items() if name.endswith(SUFFIX)})
     oldest = min(architectures, key=lambda one: one.capability).plain
     images = [_image(one) for one in architectures]
     images += [Image(HOPPER, KNOWN[ARCHITECTURE].capability, hopper=True)] if own.kernels else []
     images.append(Image(PTX, oldest=oldest.capability))
-    host = emission.host_source(geometry, target, program, images, regimes, few_tokens, own.kernels)
+    host = emission.host_source(geometry, target, program, images, regimes, few_tokens, route_tokens, own.kernels)
     (work / "host.cc").write_text(host, encoding="utf-8")
     shutil.copy(package_folder("templates") / "cuda" / "driver.h", work)
     with concurrent.futures.ThreadPoolExecutor(2) as beside:

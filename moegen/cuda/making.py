@@ -53,7 +53,7 @@ def fill(folder: pathlib.Path, todo: CudaPlan, stages: Mapping[str, Any], work: 
         BuildError: a compiler is missing or fails.
         ScheduleError: knobs are illegal.
     """
-    made = library.make(stages, todo.geometry, todo.target, todo.knobs, todo.regimes, todo.few_tokens, work, out)
+    made = library.make(stages, todo.geometry, todo.target, todo.knobs, todo.regimes, todo.few_tokens, todo.route_tokens, work, out)
     kept = [KERNELS, PTX, *(cubin_of(one.architecture.name) for one in made.compiled.cubins)]
     launches: dict[str, Kernel | HopperKernel] = {k.symbol: k for stage in made.program.stages.values() for k in stage.kernels}
     resources = {one.architecture.name: _resources(one, launches) for one in made.compiled.cubins}
@@ -69,6 +69,7 @@ def fill(folder: pathlib.Path, todo: CudaPlan, stages: Mapping[str, Any], work: 
         "tiling": {"rows": sorted({regime.rows for regime in todo.regimes})},
         "regimes": [dataclasses.asdict(regime) for regime in todo.regimes],
         "few_tokens": todo.few_tokens,
+        "route_tokens": todo.route_tokens,
         "knobs": {stage: dataclasses.asdict(knobs) for stage, knobs in todo.knobs.items()},
         "max_tokens": emission.INT32_MAX // todo.config.top_k,
         "functions": _functions(todo),

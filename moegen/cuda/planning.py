@@ -17,7 +17,7 @@ from ..choices import REGIMES
 from ..config import MoEConfig, config_key
 from ..cuda_geometry import CudaGeometry
 from ..errors import BuildError, ScheduleError, TargetError
-from ..schedules.cuda import few, hopper, tiling
+from ..schedules.cuda import few, hopper, route, tiling
 from ..target import ARCHS, Target, host_arch
 from ..version import __version__
 from . import choices, emission, hardware, nvidia
@@ -37,10 +37,11 @@ class CudaPlan:
         geometry: the layer and how its weights are packed.
         target: what it is compiled for.
         te_source: the tensor-expression module.
-        knobs: stage -> `tiling.Tile` of a tiled product, `few.Knobs` of one for few tokens, and where Hopper has a kernel of its
-            own, stage and `_hopper` -> `hopper.Knobs`.
+        knobs: stage -> `tiling.Tile` of a tiled product, `few.Knobs` of one for few tokens, `route.Knobs`, and where Hopper has a
+            kernel of its own, stage and `_hopper` -> `hopper.Knobs`.
         regimes: how many rows a row block has.
         few_tokens: tokens up to which every choice reads its expert's weights itself.
+        route_tokens: tokens up to which the router and the choice of experts are one launch, 0 for never.
         edited: the module was edited by hand.
         records: regime -> the tuning record that its choices come from.
     """
@@ -51,6 +52,7 @@ class CudaPlan:
     knobs: Mapping[str, Any]
     regimes: tuple[RowBlocks, ...]
     few_tokens: int
+    route_tokens: int
     edited: bool = False
     records: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -68,6 +70,7 @@ class CudaPlan:
             "knobs": {stage: dataclasses.asdict(k) for stage, k in self.knobs.items()},
             "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
             "few_tokens": self.few_tokens,
+            "route_tokens": self.route_tokens,
             "te_source": self.te_source,
             "own_sources": own_sources(),
             "versions": versions(),
@@ -120,7 +123,7 @@ def default_plan(config: MoEConfig, target: Target) -> CudaPlan:
     geometry = CudaGeometry(config)
     text = emission.te_source(geometry, target, tiling.ROWS)
     knobs = default_knobs(geometry, target, tiling.ROWS) | hopper_knobs(geometry, target, tiling.ROWS)
-    return CudaPlan(geometry, target, text, knobs, default_regimes(tiling.ROWS), few_tokens(config))
+    return CudaPlan(geometry, target, text, knobs, default_regimes(tiling.ROWS), few_tokens(config), route.default_tokens(geometry))
 
 
 def _tuned(made: CudaPlan, logs: str | os.PathLike[str] | None) -> CudaPlan:
@@ -146,7 +149,8 @@ def plan_from_source(
     _check(config, target)
     geometry = CudaGeometry(config)
     knobs = default_knobs(geometry, target, rows)
-    return CudaPlan(geometry, target, text, knobs, default_regimes(rows), few_tokens(config), edited=True)
+    route_tokens = route.default_tokens(geometry)
+    return CudaPlan(geometry, target, text, knobs, default_regimes(rows), few_tokens(config), route_tokens, edited=True)
 
 
 def _rows(values: Mapping[str, Any]) -> list[int]:
@@ -182,7 +186,8 @@ def default_knobs(geometry: CudaGeometry, target: Target, rows: Sequence[int]) -
     """What is chosen when nothing was tuned."""
     limits = (geometry.item_bytes, min(one.max_shared_bytes_per_block for one in parse(target.gpus)))
     router = tiling.default(emission.ROUTER_ROWS, geometry.router, *limits)
-    found: dict[str, Any] = {f"router_{emission.ROUTER_ROWS}": router, "router_few": few.Knobs()}
+    found: dict[str, Any] = {f"router_{emission.ROUTER_ROWS}": router}
+    found |= {"router_few": route.default_alone(geometry), "route": route.default(geometry)}
     for name, product in geometry.products.items():
         if name == "router":
             continue

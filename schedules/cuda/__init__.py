@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import elementwise, few, hopper, losses, product, rewrites, tiling, topk
+from . import elementwise, few, hopper, losses, product, rewrites, route, tiling, topk
 
-__all__ = ["elementwise", "few", "hopper", "losses", "product", "rewrites", "tiling", "topk"]
+__all__ = ["elementwise", "few", "hopper", "losses", "product", "rewrites", "route", "tiling", "topk"]

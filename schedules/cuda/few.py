@@ -8,12 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moegen.cuda_geometry import K_MULTIPLE
+from moegen.cuda_geometry import COPY_BYTES, K_MULTIPLE
 from moegen.errors import ScheduleError
 
 from .rewrites import Rewrite
-
-COPY_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,43 +49,53 @@ def lanes_of(item_bytes: int) -> int:
     return K_MULTIPLE * item_bytes // COPY_BYTES
 
 
-def apply(sch: Any, name: str, knobs: Knobs, item_bytes: int) -> list[Rewrite]:
-    """Thread blocks own columns of one token (and choice); a column's sums are added up across the threads that made them."""
+def apply(sch: Any, name: str, knobs: Knobs, item_bytes: int, row_copy: int) -> list[Rewrite]:
+    """Thread blocks own columns of one token (and choice); a column's sums are added up across the threads that made them.
+
+    Args:
+        row_copy: elements of a row that one load may read.
+    """
     check(knobs)
+    return dot_products(sch, name, knobs.columns, lanes_of(item_bytes), knobs.unroll, item_bytes, row_copy)
+
+
+def dot_products(sch: Any, name: str, columns: int, lanes: int, unroll: int, item_bytes: int, row_copy: int) -> list[Rewrite]:
+    """`apply` for any number of lanes, the threads that share a dot product."""
     output = sch.get_sblock("output", name)
     loops = sch.get_loops(output)
-    tile, column = sch.split(loops[-1], [None, knobs.columns])
+    tile, column = sch.split(loops[-1], [None, columns])
     sch.reorder(*loops[:-1], tile, column)
     tokens = sch.fuse(*loops[:-1])
     sch.bind(tokens, "blockIdx.x")
     sch.bind(tile, "blockIdx.y")
     sch.bind(column, "threadIdx.y")
     names = {sch.get(b).name_hint for b in sch.get_child_blocks(sch.get_sblock("root", name))}
+    together = COPY_BYTES // item_bytes
     for prefix in ("", "shared_"):
         if f"{prefix}total" in names:
-            _sum(sch, name, prefix, column, knobs, item_bytes)
+            blocks = {part: sch.get_sblock(f"{prefix}{part}", name) for part in ("total", "rows", "columns")}
+            _sum(sch, blocks, column, lanes, unroll, together, row_copy)
     return []
 
 
-def _sum(sch: Any, name: str, prefix: str, column: Any, knobs: Knobs, item_bytes: int) -> None:
-    total = sch.get_sblock(f"{prefix}total", name)
-    lanes, together = lanes_of(item_bytes), COPY_BYTES // item_bytes
+def _sum(sch: Any, blocks: dict[str, Any], column: Any, lanes: int, unroll: int, together: int, row_copy: int) -> None:
+    total = blocks["total"]
     sch.set_scope(total, 0, "local")
     sch.compute_at(total, column, preserve_unit_loops=True)
     *outer, k = sch.get_loops(total)[3:]
-    steps = int(sch.get(k).extent) // K_MULTIPLE
-    unroll = max(n for n in range(1, knobs.unroll + 1) if steps % n == 0)
+    steps = int(sch.get(k).extent) // (lanes * together)
+    unroll = max(n for n in range(1, unroll + 1) if steps % n == 0)
     step, unrolled, lane, term = sch.split(k, [None, unroll, lanes, together])
     sch.reorder(*outer, lane, step, unrolled, term)
     sch.bind(lane, "threadIdx.x")
-    for source in ("rows", "columns"):
-        load = sch.get_sblock(f"{prefix}{source}", name)
+    for source, at_once in (("rows", row_copy), ("columns", together)):
+        load = blocks[source]
         sch.set_scope(load, 0, "local")
-        sch.compute_at(load, step, preserve_unit_loops=True)
-        *around, vector = sch.get_loops(load)[3 + len(outer) + 2 :]
-        _, vector = sch.split(vector, [None, together])
+        sch.compute_at(load, unrolled, preserve_unit_loops=True)
+        *around, vector = sch.get_loops(load)[3 + len(outer) + 3 :]
+        several, vector = sch.split(vector, [None, at_once])
         sch.vectorize(vector)
-        for loop in around:
+        for loop in (*around, several):
             sch.unroll(loop)
     sch.unroll(unrolled)
     sch.unroll(term)
