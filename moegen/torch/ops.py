@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..config import DTYPES
 from ..device import DeviceLayer
 from ..errors import InputError
 from ..runtime import Layer
 from .handles import layer_of
 
 _DEVICES = ("cpu", "cuda")
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _ALIGNMENT = 64
 _INT32_MAX = 2**31 - 1
 _STATS = 4
@@ -158,13 +160,14 @@ def _rows(layer: Layer | DeviceLayer, x: torch.Tensor, name: str) -> torch.Tenso
     _check_place(layer, x, name)
     if x.dim() not in (2, 3) or x.shape[-1] != config.hidden:
         raise InputError(f"{name} has shape {list(x.shape)}, expected [T, {config.hidden}] or [batch, sequence, {config.hidden}]")
-    given = str(x.dtype).removeprefix("torch.")
-    if given != config.dtype:
-        raise InputError(f"{name} has dtype {given}, this layer takes {config.dtype}: convert it first")
-    most = int(layer.module.artifact.manifest["max_tokens"])
-    if x.numel() > most * config.hidden:
-        raise InputError(f"{name} has {x.numel() // config.hidden} tokens; this layer takes at most {most}")
-    return _ready(_flat(x))
+    if x.dtype is not _DTYPES[config.dtype]:
+        raise InputError(
+            f"{name} has dtype {str(x.dtype).removeprefix('torch.')}, this layer takes {config.dtype}: convert it first"
+        )
+    rows, most = _flat(x), layer.module.artifact.manifest["max_tokens"]
+    if rows.shape[0] > most:
+        raise InputError(f"{name} has {rows.shape[0]} tokens; this layer takes at most {most}")
+    return _ready(rows)
 
 
 def _router_rows(layer: Layer | DeviceLayer, x: torch.Tensor, router_x: torch.Tensor | None) -> torch.Tensor | None:

@@ -6,8 +6,8 @@
         SymInt layer, bool[] wanted) -> Tensor[]
 
 `weights` are those of `moegen.config.weight_shapes(config)`, in that order, of any float types. The forward rounds them to the
-layer's dtype. The backward computes with the same values in float32, in which the forward's sums are: a clamp is passed or not as it
-was. Its gradients have the types of what they are gradients of (straight through the rounding).
+layer's dtype. The backward computes with the same values in float32, in which the forward's sums are, so that it finds the same
+side of every clamp. Its gradients have the types of what they are gradients of (straight through the rounding).
 """
 
 from __future__ import annotations
