@@ -1,11 +1,5 @@
 """Compiled layers as operators of torch, so that torch.compile and torch.export pass through them.
 
-    moegen::forward(Tensor x, SymInt layer, Tensor? router_x=None) -> Tensor
-    moegen::forward_routed(Tensor x, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x=None)
-        -> (Tensor y, Tensor ids, Tensor weights, Tensor load, Tensor stats)
-    moegen::route(Tensor x, SymInt layer, SymInt experts, SymInt top_k) -> (Tensor ids, Tensor weights, Tensor load, Tensor stats)
-    moegen::experts(Tensor x, Tensor ids, Tensor weights, SymInt layer) -> Tensor
-
 `layer` is the number of a layer (`moegen.torch.handles`). x, router_x and y are [T, H] or [batch, sequence, H] of the layer's dtype
 on the layer's device, ids int32 [T, K], weights float32 [T, K], load int32 [E], stats float64 [4]: dropped choices, then the
 load-balancing, adaptive and z losses. `experts` takes ids of any integers and weights of any floats. Results are contiguous.
@@ -41,7 +35,10 @@ NO_BACKWARD = (
 # ---------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("moegen::forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::forward", mutates_args=(), device_types=_DEVICES,
+    schema="(Tensor x, SymInt layer, Tensor? router_x=None) -> Tensor",
+)  # fmt: skip
 def forward(x: torch.Tensor, layer: int, router_x: torch.Tensor | None = None) -> torch.Tensor:
     """The whole layer; `router_x`, of x's shape, is what the router sees instead of x."""
     bound = layer_of(layer)
@@ -52,7 +49,13 @@ def forward(x: torch.Tensor, layer: int, router_x: torch.Tensor | None = None) -
     return y
 
 
-@torch.library.custom_op("moegen::forward_routed", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::forward_routed", mutates_args=(), device_types=_DEVICES,
+    schema=(
+        "(Tensor x, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x=None)"
+        " -> (Tensor y, Tensor ids, Tensor weights, Tensor load, Tensor stats)"
+    ),
+)  # fmt: skip
 def forward_routed(
     x: torch.Tensor, layer: int, experts: int, top_k: int, router_x: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,7 +63,10 @@ def forward_routed(
     return routed(layer_of(layer), x, experts, top_k, router_x)
 
 
-@torch.library.custom_op("moegen::route", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::route", mutates_args=(), device_types=_DEVICES,
+    schema="(Tensor x, SymInt layer, SymInt experts, SymInt top_k) -> (Tensor ids, Tensor weights, Tensor load, Tensor stats)",
+)  # fmt: skip
 def route(x: torch.Tensor, layer: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The router alone."""
     bound = layer_of(layer)
@@ -71,7 +77,10 @@ def route(x: torch.Tensor, layer: int, experts: int, top_k: int) -> tuple[torch.
     return made
 
 
-@torch.library.custom_op("moegen::experts", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::experts", mutates_args=(), device_types=_DEVICES,
+    schema="(Tensor x, Tensor ids, Tensor weights, SymInt layer) -> Tensor",
+)  # fmt: skip
 def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: int) -> torch.Tensor:
     """The routed experts with anybody's routing; capacity applies, the shared expert does not."""
     bound = layer_of(layer)
