@@ -61,6 +61,8 @@ def test_blocks_run_in_order(newcomer: pathlib.Path) -> None:
     namespace: dict[str, Any] = {}
     printed = []
     for language, text in BLOCKS:
+        if language == "python" and "torch." in text and importlib.util.find_spec("torch") is None:
+            continue
         if language == "python":
             exec(compile(text, "README.md", "exec"), namespace)
         elif language in ("cpp", "c"):

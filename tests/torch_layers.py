@@ -34,7 +34,8 @@ from helpers import built_with
 from moegen import MoEConfig
 
 given = json.load(sys.stdin)
-print(json.dumps([str(built_with(pathlib.Path(given["store"]), MoEConfig.from_dict(fields)).path) for fields in given["configs"]]))
+store, configs = pathlib.Path(given["store"]), [MoEConfig.from_dict(fields) for fields in given["configs"]]
+print(json.dumps([str(built_with(store, config, max_rows=1).path) for config in configs]))
 """
 
 

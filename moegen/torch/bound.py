@@ -11,7 +11,7 @@ from ..device import DeviceLayer
 from ..errors import InputError
 from ..runtime import LOSSLESS, Layer
 from . import ops
-from .handles import named, number_of
+from .handles import name_of, named, number_of
 from .opening import from_packed_state, packed_state
 
 _WIDENED = {getattr(torch, dtype): tuple(getattr(torch, narrow) for narrow in narrower) for dtype, narrower in LOSSLESS.items()}
@@ -46,8 +46,8 @@ class BoundLayer:
 
     def __init__(self, layer: Layer | DeviceLayer, name: str | None = None) -> None:
         self.layer = layer
-        self.name = name
         self.number = number_of(layer, name)
+        self.name = name_of(self.number)
         self.experts_count = layer.config.experts
         self.top_k = layer.config.top_k
         self.dtype: torch.dtype = getattr(torch, layer.config.dtype)

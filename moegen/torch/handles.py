@@ -67,6 +67,11 @@ def layer_of(number: int) -> Any:
     )
 
 
+def name_of(number: int) -> str | None:
+    """The name that a number was made of, if it was."""
+    return _names.get(number)
+
+
 def named(like: Any, name: str) -> Any:
     """The living layer of `like`'s configuration with this name, or None."""
     return _alive(_named(like, name))

@@ -63,7 +63,7 @@ class MoELayer(torch.nn.Module):
         if isinstance(source, Layer | DeviceLayer | BoundLayer):
             if weights is not None:
                 raise InputError("a layer that is bound has its weights already: give it alone, or the module and weights")
-            self.bound = source if isinstance(source, BoundLayer) else BoundLayer(source, name)
+            self.bound = BoundLayer(source.layer if isinstance(source, BoundLayer) else source, name)
             return
         module = open_module(source, store=store, threads=threads, device=device, target=target)
         if weights is None:

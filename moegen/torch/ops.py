@@ -1,11 +1,5 @@
 """Compiled layers as operators of torch, so that torch.compile and torch.export pass through them.
 
-    moegen::forward(Tensor x, SymInt layer, Tensor? router_x=None) -> Tensor
-    moegen::forward_routed(Tensor x, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x=None)
-        -> (Tensor y, Tensor ids, Tensor weights, Tensor load, Tensor stats)
-    moegen::route(Tensor x, SymInt layer, SymInt experts, SymInt top_k) -> (Tensor ids, Tensor weights, Tensor load, Tensor stats)
-    moegen::experts(Tensor x, Tensor ids, Tensor weights, SymInt layer) -> Tensor
-
 `layer` is the number of a layer (`moegen.torch.handles`). x, router_x and y are [T, H] or [batch, sequence, H] of the layer's dtype
 on the layer's device, ids int32 [T, K], weights float32 [T, K], load int32 [E], stats float64 [4]: dropped choices, then the
 load-balancing, adaptive and z losses. `experts` takes ids of any integers and weights of any floats. Results are contiguous.
@@ -20,12 +14,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..config import DTYPES
 from ..device import DeviceLayer
 from ..errors import InputError
 from ..runtime import Layer
 from .handles import layer_of
 
 _DEVICES = ("cpu", "cuda")
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _ALIGNMENT = 64
 _INT32_MAX = 2**31 - 1
 _STATS = 4
@@ -39,7 +35,10 @@ NO_BACKWARD = (
 # ---------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("moegen::forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::forward", mutates_args=(), device_types=_DEVICES,
+    schema="(Tensor x, SymInt layer, Tensor? router_x=None) -> Tensor",
+)  # fmt: skip
 def forward(x: torch.Tensor, layer: int, router_x: torch.Tensor | None = None) -> torch.Tensor:
     """The whole layer; `router_x`, of x's shape, is what the router sees instead of x."""
     bound = layer_of(layer)
@@ -50,7 +49,13 @@ def forward(x: torch.Tensor, layer: int, router_x: torch.Tensor | None = None) -
     return y
 
 
-@torch.library.custom_op("moegen::forward_routed", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::forward_routed", mutates_args=(), device_types=_DEVICES,
+    schema=(
+        "(Tensor x, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x=None)"
+        " -> (Tensor y, Tensor ids, Tensor weights, Tensor load, Tensor stats)"
+    ),
+)  # fmt: skip
 def forward_routed(
     x: torch.Tensor, layer: int, experts: int, top_k: int, router_x: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,7 +63,10 @@ def forward_routed(
     return routed(layer_of(layer), x, experts, top_k, router_x)
 
 
-@torch.library.custom_op("moegen::route", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::route", mutates_args=(), device_types=_DEVICES,
+    schema="(Tensor x, SymInt layer, SymInt experts, SymInt top_k) -> (Tensor ids, Tensor weights, Tensor load, Tensor stats)",
+)  # fmt: skip
 def route(x: torch.Tensor, layer: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The router alone."""
     bound = layer_of(layer)
@@ -69,7 +77,10 @@ def route(x: torch.Tensor, layer: int, experts: int, top_k: int) -> tuple[torch.
     return made
 
 
-@torch.library.custom_op("moegen::experts", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::experts", mutates_args=(), device_types=_DEVICES,
+    schema="(Tensor x, Tensor ids, Tensor weights, SymInt layer) -> Tensor",
+)  # fmt: skip
 def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: int) -> torch.Tensor:
     """The routed experts with anybody's routing; capacity applies, the shared expert does not."""
     bound = layer_of(layer)
@@ -158,13 +169,14 @@ def _rows(layer: Layer | DeviceLayer, x: torch.Tensor, name: str) -> torch.Tenso
     _check_place(layer, x, name)
     if x.dim() not in (2, 3) or x.shape[-1] != config.hidden:
         raise InputError(f"{name} has shape {list(x.shape)}, expected [T, {config.hidden}] or [batch, sequence, {config.hidden}]")
-    given = str(x.dtype).removeprefix("torch.")
-    if given != config.dtype:
-        raise InputError(f"{name} has dtype {given}, this layer takes {config.dtype}: convert it first")
-    most = int(layer.module.artifact.manifest["max_tokens"])
-    if x.numel() > most * config.hidden:
-        raise InputError(f"{name} has {x.numel() // config.hidden} tokens; this layer takes at most {most}")
-    return _ready(_flat(x))
+    if x.dtype is not _DTYPES[config.dtype]:
+        raise InputError(
+            f"{name} has dtype {str(x.dtype).removeprefix('torch.')}, this layer takes {config.dtype}: convert it first"
+        )
+    rows, most = _flat(x), layer.module.artifact.manifest["max_tokens"]
+    if rows.shape[0] > most:
+        raise InputError(f"{name} has {rows.shape[0]} tokens; this layer takes at most {most}")
+    return _ready(rows)
 
 
 def _router_rows(layer: Layer | DeviceLayer, x: torch.Tensor, router_x: torch.Tensor | None) -> torch.Tensor | None:

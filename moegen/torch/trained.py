@@ -1,13 +1,8 @@
 """A layer whose weights change: packed again before a call that finds them changed, and operators for its forward and backward.
 
-    moegen::trained(Tensor x, Tensor[] weights, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x)
-        -> (Tensor y, Tensor ids, Tensor weights, Tensor load, Tensor stats)
-    moegen::trained_backward(Tensor? grad_y, Tensor? grad_weights, Tensor x, Tensor[] weights, Tensor ids, Tensor? router_x,
-        SymInt layer, bool[] wanted) -> Tensor[]
-
 `weights` are those of `moegen.config.weight_shapes(config)`, in that order, of any float types. The forward rounds them to the
-layer's dtype. The backward computes with the same values in float32, in which the forward's sums are: a clamp is passed or not as it
-was. Its gradients have the types of what they are gradients of (straight through the rounding).
+layer's dtype. The backward computes with the same values in float32, in which the forward's sums are, so that it finds the same
+side of every clamp. Its gradients have the types of what they are gradients of (straight through the rounding).
 """
 
 from __future__ import annotations
@@ -140,7 +135,13 @@ def _unpickled(path: str, threads: int, device: int) -> TrainedLayer:
 
 
 # No argument has a default: torch drops those from the call, and then misses their gradients where there are lists of tensors.
-@torch.library.custom_op("moegen::trained", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::trained", mutates_args=(), device_types=_DEVICES,
+    schema=(
+        "(Tensor x, Tensor[] weights, SymInt layer, SymInt experts, SymInt top_k, Tensor? router_x)"
+        " -> (Tensor y, Tensor ids, Tensor weights, Tensor load, Tensor stats)"
+    ),
+)  # fmt: skip
 def trained(
     x: torch.Tensor, weights: list[torch.Tensor], layer: int, experts: int, top_k: int, router_x: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -156,7 +157,13 @@ def _fake_trained(
     return x.new_empty(x.shape), *ops.routing_like(x, experts, top_k)
 
 
-@torch.library.custom_op("moegen::trained_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "moegen::trained_backward", mutates_args=(), device_types=_DEVICES,
+    schema=(
+        "(Tensor grad_y, Tensor? grad_weights, Tensor x, Tensor[] weights, Tensor ids, Tensor? router_x, SymInt layer,"
+        " bool[] wanted) -> Tensor[]"
+    ),
+)  # fmt: skip
 def trained_backward(
     grad_y: torch.Tensor,
     grad_weights: torch.Tensor | None,
