@@ -42,10 +42,10 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(store, tmp_path_factory):
     """A folder with a tiny model and its tokenizer, beside a store with its artifact."""
     folder = tmp_path_factory.mktemp("serving")
-    models.build_artifacts(folder / "store", [{}])
+    models.build_artifacts(store, folder / "store", [{}])
     text = tokenizer()
     text.save_pretrained(folder / "model")
     models.make_model("olmoe", vocab_size=len(text)).save_pretrained(folder / "model")

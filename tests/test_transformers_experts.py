@@ -32,15 +32,15 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def artifacts(tmp_path_factory):
+def artifacts(store, tmp_path_factory):
     """A store of the user's that has the artifacts of all models in this file."""
-    store = tmp_path_factory.mktemp("transformers") / "store"
-    models.build_artifacts(store, [{}, CLAMPED, {"dtype": "bfloat16"}, {**CLAMPED, "dtype": "float16"}])
+    own = tmp_path_factory.mktemp("transformers") / "store"
+    models.build_artifacts(store, own, [{}, CLAMPED, {"dtype": "bfloat16"}, {"dtype": "float16"}])
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEGEN_STORE", str(store))
-        yield store
+        patch.setenv("MOEGEN_STORE", str(own))
+        yield
     torch.set_num_threads(threads)
 
 
@@ -82,13 +82,26 @@ def test_logits_and_greedy_tokens(model_type, calls):
     assert not calls
 
 
-@pytest.mark.parametrize(("model_type", "dtype", "bound"), [("mixtral", "bfloat16", 3e-2), ("gpt_oss", "float16", 4e-3)])
+def relative_error(got, want):
+    """Of the tokens' logits, the median: rounding sends a token here and there to another expert."""
+    return ((got.float() - want).norm(dim=-1) / want.norm(dim=-1)).median().item()
+
+
+@pytest.mark.parametrize(("model_type", "dtype", "bound"), [("mixtral", "bfloat16", 3e-2), ("olmoe", "float16", 4e-3)])
 def test_half_precision(model_type, dtype, bound):
     model, ids = make_model(model_type, dtype=getattr(torch, dtype)), prompt(rows=4)
     exact = logits(copy.deepcopy(model).float(), ids)
     got = logits(on_moegen(model), ids)
     assert got.dtype == getattr(torch, dtype)
-    assert (got.float() - exact).norm() / exact.norm() < bound
+    assert relative_error(got, exact) < bound
+    experts, x = next(experts_of(model)), torch.randn(9, HIDDEN, dtype=got.dtype)
+    weights, chosen = torch.rand(9, models.EXPERTS).topk(TOP_K)
+    with torch.inference_mode():
+        got = experts(x, chosen, weights)
+        model.set_experts_implementation("eager")
+        want = copy.deepcopy(experts).float()(x.float(), chosen, weights)
+    assert got.dtype == x.dtype
+    assert (got.float() - want).norm() / want.norm() < bound / 3
 
 
 def test_from_pretrained(tmp_path, calls):
@@ -139,7 +152,7 @@ def test_autocast():
     want = logits(model, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = logits(on_moegen(model), ids)
-    assert (got.float() - want).norm() / want.norm() < 0.1
+    assert relative_error(got, want) < 3e-2
 
 
 # ---------------------------------------------------------------- changes and copies
@@ -163,8 +176,7 @@ def edits():
         module(model).down_proj.data[:].mul_(1.5)
 
     def one_expert_behind_its_back(model):
-        for expert in module(model).down_proj.data[:6]:
-            expert.zero_()
+        module(model).down_proj.data[2].zero_()
 
     def state_dict(model):
         model.load_state_dict(make_model("mixtral", seed=5).state_dict())
@@ -285,7 +297,7 @@ def test_compiled_models():
     ids = prompt()
     torch._dynamo.reset()
     for seed in range(2):
-        model = on_moegen(make_model("mixtral", seed=seed))
+        model = on_moegen(make_model("mixtral", seed=seed, num_hidden_layers=1))
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(logits(compiled, ids), logits(model, ids), **CLOSE)
         with torch.no_grad():
@@ -303,14 +315,14 @@ def test_operator_is_a_good_one():
     pack(model)
     number = packed_of(next(experts_of(model))).number
     x, weights = torch.randn(3, HIDDEN), torch.rand(3, TOP_K)
-    ids = torch.tensor([[0, 1], [2, 3], [4, 7]])
+    ids = torch.tensor([[0, 1], [2, 3], [3, 0]])
     torch.library.opcheck(torch.ops.moegen.model_experts, (x, ids, weights, number), test_utils=("test_schema", "test_faketensor"))
 
 
 # ---------------------------------------------------------------- memory
 
 
-def test_release():
+def test_release(tmp_path):
     model, ids = on_moegen(make_model("gpt_oss")), prompt()
     want = logits(model, ids)
     parameters = sum(p.nbytes for m in experts_of(model) for p in m.parameters(recurse=False))
@@ -322,7 +334,7 @@ def test_release():
     assert sum(p.numel() for p in model.parameters()) > parameters / 4
     assert "Released" in repr(next(experts_of(model)).down_proj)
     for use in (
-        lambda: model.save_pretrained("nowhere"),
+        lambda: model.save_pretrained(tmp_path),
         lambda: model.to(torch.bfloat16),
         lambda: torch.save(model.state_dict(), os.devnull),
         lambda: copy.deepcopy(model),
@@ -331,7 +343,17 @@ def test_release():
     ):
         with pytest.raises(WeightsError, match="released after packing"):
             use()
-    assert not os.path.exists("nowhere/model.safetensors")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_new_parameters_after_release():
+    model, other, ids = on_moegen(make_model("mixtral")), make_model("mixtral", seed=3), prompt()
+    release(model)
+    next(experts_of(model)).down_proj = next(experts_of(other)).down_proj
+    with pytest.raises(WeightsError, match=r"some .* were released"):
+        logits(model, ids)
+    model.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(logits(model, ids), logits(other, ids), **CLOSE)
 
 
 def test_release_wants_the_implementation():
@@ -398,14 +420,14 @@ def test_bad_calls():
     x = torch.randn(3, HIDDEN)
     with torch.inference_mode():
         assert experts(x[:0], torch.zeros(0, TOP_K, dtype=torch.long), torch.zeros(0, TOP_K)).shape == (0, HIDDEN)
-        with pytest.raises(InputError, match=r"ids\[0, 0\]=8"):
-            experts(x, torch.full((3, TOP_K), 8), torch.ones(3, TOP_K))
+        with pytest.raises(InputError, match=r"ids\[0, 0\]=4"):
+            experts(x, torch.full((3, TOP_K), 4), torch.ones(3, TOP_K))
         with pytest.raises(InputError, match="expected"):
             experts(x, torch.zeros(3, TOP_K, dtype=torch.long), torch.ones(3, 1))
 
 
 def test_a_cuda_device_needs_an_artifact_for_it():
-    config = MoEConfig(experts=8, top_k=2, hidden=HIDDEN, intermediate=INTERMEDIATE, dtype="bfloat16")
+    config = MoEConfig(experts=4, top_k=2, hidden=HIDDEN, intermediate=INTERMEDIATE, dtype="bfloat16")
     with pytest.raises(ArtifactError, match=r"moegen build --model config.json --target cuda.*--dtype bfloat16 --target cuda"):
         building.module_for(config, "cuda:0")
 

@@ -35,7 +35,8 @@ _EXPERTS_FIELDS = (
 _OF_LOW_BIT = ("weight_group", "weight_zero_point", "scale_dtype")
 _OF_CLAMPED = ("swiglu_alpha", "swiglu_limit")
 
-_modules: dict[tuple[pathlib.Path, str], Module | DeviceModule] = {}
+_known: dict[tuple[pathlib.Path, MoEConfig, str], Module | DeviceModule] = {}  # (store, layer, device)
+_loaded: dict[tuple[pathlib.Path, str], Module | DeviceModule] = {}  # (artifact, device): layers share its threads
 _lock = threading.Lock()
 
 
@@ -50,21 +51,28 @@ def module_for(config: MoEConfig, device: str) -> Module | DeviceModule:
         ArtifactError: there is none for this CUDA device.
         BuildError: there was none for this processor, and building it failed.
     """
+    with _lock:
+        key = (default_store(), config, device)
+        if key not in _known:
+            _known[key] = _load(config, device)
+        return _known[key]
+
+
+def _load(config: MoEConfig, device: str) -> Module | DeviceModule:
     kind, _, index = device.partition(":")
     target = "cuda" if kind == "cuda" else "llvm"
-    with _lock:
-        artifact = find(config, target)
-        if artifact is None and target == "cuda":
-            raise ArtifactError(
-                f"the experts are on {device!r}, and {str(default_store())!r} has no artifact for {config} and target cuda: build "
-                "it first, with `moegen build --model config.json --target cuda` or "
-                f"`moegen build {' '.join(_options(config, differing=True))} --target cuda`"
-            )
-        artifact = artifact or _built(config)
-        key = (artifact.path.resolve(), f"{device} {artifact.manifest['manifest_sha256']}")
-        if key not in _modules:
-            _modules[key] = module_of(artifact, None, int(index or 0))
-        return _modules[key]
+    artifact = find(config, target)
+    if artifact is None and target == "cuda":
+        raise ArtifactError(
+            f"the experts are on {device!r}, and {str(default_store())!r} has no artifact for {config} and target cuda: build it "
+            "first, with `moegen build --model config.json --target cuda` or "
+            f"`moegen build {' '.join(_options(config, differing=True))} --target cuda`"
+        )
+    artifact = artifact or _built(config)
+    key = (artifact.path.resolve(), device)
+    if key not in _loaded:
+        _loaded[key] = module_of(artifact, None, int(index or 0))
+    return _loaded[key]
 
 
 def find(config: MoEConfig, target: str) -> Artifact | None:

@@ -13,7 +13,6 @@ from ..errors import ConfigError, InputError
 from .experts import parameter_names
 from .operators import Differentiable, model_experts, run
 from .packed import packed_of
-from .released import Released
 
 NAME = "moegen"
 
@@ -47,7 +46,8 @@ def experts_forward(
 
 
 def _wants_gradients(module: Any, *values: torch.Tensor) -> bool:
-    return any(value.requires_grad for value in (*values, *(getattr(module, name) for name in parameter_names(module))))
+    parameters = [getattr(module, name, None) for name in parameter_names(module)]
+    return any(value is not None and value.requires_grad for value in (*values, *parameters))
 
 
 @torch.compiler.disable
@@ -108,21 +108,12 @@ def release(model: torch.nn.Module) -> int:
         InputError: the model has no experts, or they are not set to run on moegen.
         MoegenError: as of `pack`.
     """
-    pack(model)
-    given_back = 0
     for module in experts_of(model):
         chosen = module.config._experts_implementation
         if chosen != NAME:
             raise InputError(f"the experts implementation is {chosen!r}: call model.set_experts_implementation({NAME!r}) first")
-    for module in experts_of(model):
-        if packed_of(module).released:
-            continue
-        packed_of(module).release()
-        for name in parameter_names(module):
-            value = getattr(module, name)
-            given_back += value.nbytes
-            setattr(module, name, Released.like(value))
-    return given_back
+    pack(model)
+    return sum(packed_of(module).release() for module in experts_of(model))
 
 
 def _top_k(module: Any) -> int:

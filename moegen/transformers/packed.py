@@ -20,9 +20,10 @@ import torch
 from ..arrays import HostArray, as_host_array
 from ..device import DeviceLayer
 from ..errors import InputError, WeightsError
-from ..runtime import Layer
+from ..runtime import Layer, Module
 from .building import module_for
 from .experts import parameter_names, parameters_of, understand, weights_of
+from .released import Released
 
 _ATTRIBUTE = "_moegen"
 _SAMPLES = 64
@@ -86,7 +87,6 @@ class Packed:
     def __init__(self, module: Any) -> None:
         self.module = weakref.ref(module)
         self.number = next(_numbers)
-        self.released = False
         self._state: _State | None = None
         self._lock = threading.Lock()
         _known[self.number] = self
@@ -100,19 +100,31 @@ class Packed:
         Raises:
             MoegenError: moegen cannot run these experts, or there is no artifact and none can be built.
         """
-        state = self._state
-        if state is None or not self._holds(state, top_k):
+        state = self._current(top_k)
+        if state is None:
             with self._lock:
-                state = self._state
-                if state is None or not self._holds(state, top_k):
+                state = self._current(top_k)
+                if state is None:
+                    self._state = None  # a former copy goes before the next one comes
                     state = self._state = self._pack(top_k)
         return self._with_threads(state)
 
-    def release(self) -> None:
-        """Says that the parameters are gone: the packed weights are all there is."""
+    def release(self) -> int:
+        """Puts `Released` in the place of the parameters: the packed weights are all there is.
+
+        Returns:
+            Bytes that were given back; 0 if they had been before.
+        """
         with self._lock:
-            assert self._state is not None
-            self.released, self._state = True, self._state._replace(stamps=())
+            module, given_back = self._module(), 0
+            for name in parameter_names(module):
+                value = getattr(module, name)
+                if not isinstance(value, Released):
+                    given_back += value.nbytes
+                    setattr(module, name, Released.like(value))
+            if self._state is not None:
+                self._state = self._state._replace(stamps=())  # which look at the parameters' memory
+            return given_back
 
     @property
     def packed_bytes(self) -> int:
@@ -124,29 +136,33 @@ class Packed:
             raise InputError(_FREED)
         return module
 
-    def _holds(self, state: _State, top_k: int) -> bool:
-        if top_k != state.top_k:
-            return False
-        if self.released:
-            return True
-        module = self._module()
+    def _current(self, top_k: int) -> _State | None:
+        """What is packed, if it still is what the module has."""
+        state, module = self._state, self._module()
+        if state is None or top_k != state.top_k:
+            return None
         values = [getattr(module, name, None) for name in parameter_names(module)]
-        return len(values) == len(state.stamps) and all(map(_Stamp.holds, state.stamps, values))
+        if all(isinstance(value, Released) for value in values):
+            return state
+        same = len(values) == len(state.stamps) and all(map(_Stamp.holds, state.stamps, values))
+        return state if same else None
 
     def _pack(self, top_k: int) -> _State:
         module = self._module()
-        if self.released:
-            raise WeightsError(
-                f"the experts' parameters were released after packing, and calls with top_k={top_k} need them: load the model again"
-            )
-        self._state = None  # a former copy goes before the next one comes
-        experts = understand(module, top_k)
         values = parameters_of(module)
+        if any(isinstance(value, Released) for value in values):
+            raise WeightsError(
+                "some of the experts' parameters were released after packing, and have to be packed again (others were changed, or "
+                f"top_k is {top_k} now): load the model again"
+            )
+        experts = understand(module, top_k)
         stamps = tuple(map(_Stamp, values))  # before reading: what changes meanwhile is noticed
         compiled = module_for(experts.config, str(values[0].device))
-        packer = compiled.packer(torch.get_num_threads())
+        threads = torch.get_num_threads()
+        packer = compiled.packer(threads)
         packer.experts(weights_of(module, experts), range(experts.config.experts))
-        return _State(compiled.layer(packer.blob), top_k, stamps)
+        layer = Layer(compiled, packer.blob, threads) if isinstance(compiled, Module) else compiled.layer(packer.blob)
+        return _State(layer, top_k, stamps)
 
     def _with_threads(self, state: _State) -> Layer | DeviceLayer:
         """The layer with as many threads as torch has."""
