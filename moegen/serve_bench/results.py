@@ -10,7 +10,7 @@ target      a server: kind "server", url, model, endpoint, timeout_s, extra_body
             a layer: kind "layer", name, preset or null, config (every field), scaled {changes {field: [from, to]}, why} or null,
             artifact, build_seconds or null, threads, routing, limits {batch_tokens, active}
 load        mode ("open" or "closed"), rate_per_s, concurrency, burstiness, prompt, output, requests, duration_s, seed, trace;
-            round i has the seed `seed` + i
+            round i has the seed `seed` + i, and of a trace the same requests
 contender   name ("server" for a server), status ("correct", "wrong", "failed", or "measured" where nothing was compared), reason,
             checks (of a layer: [{rows, relative_l2, same_alone}], one for each round), summary (of all rounds, null where the
             status forbids to quote it), ratio_to_moegen, turns
