@@ -203,6 +203,9 @@ def test_finding_refusals(artifact: moegen.Artifact, checkpoint: pathlib.Path, t
     save(tmp_path / "a.safetensors", {"layers.3.experts.x": np.ones(3)})
     with pytest.raises(moegen.ArtifactError, match=r"config\.json.*--artifact"):
         pack(tmp_path, out, layer=3)
+    assert f"there is no checkpoint '{nothing}'" in run("pack", nothing, "--layer", 3, code=1)
+    with pytest.raises(WeightsError, match="cannot read the weights"):
+        pack(nothing, out, artifact, layer=3)
     with pytest.raises(WeightsError, match="artifact= or model="):
         pack({}, out)
     with pytest.raises(WeightsError, match="give one of them"):
