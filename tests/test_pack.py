@@ -131,6 +131,10 @@ def test_it_is_mapped_and_not_copied(artifact: moegen.Artifact, packed: pathlib.
     assert any(begin <= address and address + layer.packed_bytes <= end for begin, end in spans)
     with pytest.raises(ValueError, match="read-only"):
         layer.packed[0] = 1
+    own = moegen.load(artifact.path).bind(str(packed), copy=True)
+    np.testing.assert_array_equal(own.packed, layer.packed)
+    own.packed[0] ^= 1
+    assert own.packed[0] != layer.packed[0]
 
 
 def test_from_a_sharded_checkpoint(
