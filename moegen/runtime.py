@@ -108,6 +108,7 @@ class Module:
         checkpoint_format: str | None = None,
         threads: int | None = None,
         verify: bool = False,
+        copy: bool = False,
     ) -> Layer:
         """Packs weights into the layer's own layout, once, or maps what `moegen pack` packed.
 
@@ -120,6 +121,7 @@ class Module:
             prefix, layout, gate_up, checkpoint_format: as in `moegen.weights.resolve`.
             threads: threads of this layer; None for the module's.
             verify: read all of a `.moepack` file and compare it with its checksums first.
+            copy: read a `.moepack` file into memory of the layer's own, on huge pages, rather than map it.
 
         Raises:
             WeightsError: a weight is missing, superfluous, or of the wrong shape or dtype; or the `.moepack` file is damaged or
@@ -128,6 +130,9 @@ class Module:
         if is_moepack(weights):
             reading = {"prefix": prefix, "layout": layout, "gate_up": gate_up, "checkpoint_format": checkpoint_format}
             packed = payload_for(self.artifact, weights, verify, reading)
+            if copy:
+                mapped, packed = packed, arrays.empty_aligned(packed.nbytes, np.uint8)
+                packed[...] = mapped
             return Layer(self, packed, self.threads if threads is None else _threads(threads))
         source = resolve(self.config, weights, prefix, layout, gate_up, checkpoint_format)
         count = self.threads if threads is None else _threads(threads)

@@ -131,6 +131,10 @@ def test_it_is_mapped_and_not_copied(artifact: moegen.Artifact, packed: pathlib.
     assert any(begin <= address and address + layer.packed_bytes <= end for begin, end in spans)
     with pytest.raises(ValueError, match="read-only"):
         layer.packed[0] = 1
+    own = moegen.load(artifact.path).bind(str(packed), copy=True)
+    np.testing.assert_array_equal(own.packed, layer.packed)
+    own.packed[0] ^= 1
+    assert own.packed[0] != layer.packed[0]
 
 
 def test_from_a_sharded_checkpoint(
@@ -203,6 +207,9 @@ def test_finding_refusals(artifact: moegen.Artifact, checkpoint: pathlib.Path, t
     save(tmp_path / "a.safetensors", {"layers.3.experts.x": np.ones(3)})
     with pytest.raises(moegen.ArtifactError, match=r"config\.json.*--artifact"):
         pack(tmp_path, out, layer=3)
+    assert f"there is no checkpoint '{nothing}'" in run("pack", nothing, "--layer", 3, code=1)
+    with pytest.raises(WeightsError, match="cannot read the weights"):
+        pack(nothing, out, artifact, layer=3)
     with pytest.raises(WeightsError, match="artifact= or model="):
         pack({}, out)
     with pytest.raises(WeightsError, match="give one of them"):

@@ -62,9 +62,12 @@ def config_beside(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
     """The model's configuration, beside its weights.
 
     Raises:
+        WeightsError: there are no weights.
         ArtifactError: it is not there.
     """
     path = pathlib.Path(checkpoint)
+    if not path.exists():
+        raise WeightsError(f"there is no checkpoint {str(path)!r}")
     found = (path if path.is_dir() else path.parent) / CONFIG_NAME
     if not found.is_file():
         raise ArtifactError(f"there is no {str(found)!r} to find the artifact by: name it with --artifact, or give --model")
