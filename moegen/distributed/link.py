@@ -63,27 +63,27 @@ class Pending:
 
 
 class Link:
-    """The connections of some ranks, their own group with a timeout of its own.
+    """The connections of some ranks: gloo for data on the processor, NCCL on CUDA devices.
+
+    They are not a group that torch.distributed knows: its names for groups of some ranks depend on what other groups each of them
+    is in, and differ where those do.
 
     A link that broke stays broken: what is under way on the others belongs to no call any more.
 
     Args:
-        ranks: their numbers in the world, ascending.
-        backend: what connects them; None for what connects the world.
+        device: where the data is.
         timeout_s: seconds that a rank waits for the others in one collective.
         meeting: where ranks say that they are alive when the link broke.
     """
 
-    def __init__(self, ranks: Sequence[int], backend: str | None, timeout_s: float, meeting: Meeting) -> None:
+    def __init__(self, device: torch.device, timeout_s: float, meeting: Meeting) -> None:
         self.timeout_s, self.meeting = timeout_s, meeting
         self.rank, self.size = meeting.rank, meeting.size
         self.layers, self.broken, self.hears = 0, "", True
         self.world = weakref.ref(dist.group.WORLD)
         try:
-            timeout = datetime.timedelta(seconds=timeout_s)
-            self.group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
-        except (RuntimeError, ValueError) as error:
-            self.group = None
+            self.backend = _connected(meeting, device, datetime.timedelta(seconds=timeout_s))
+        except RuntimeError as error:
             self.broke("connecting the ranks", error)
 
     def next_layer(self) -> int:
@@ -103,7 +103,7 @@ class Link:
         width = sent.numel() // max(len(rows), 1) or received[:1].numel() * rows.element_size()
         splits = [[count * width for count in part] for part in (coming, counts)]
         try:
-            work = dist.all_to_all_single(_as_bytes(received), sent, *splits, group=self.group, async_op=True)
+            work = self.backend.alltoall_base(_as_bytes(received), sent, *splits, dist.AllToAllOptions())
         except (RuntimeError, ValueError) as error:
             self.broke(what, error)
         return Pending(self, work, what, received, sent)
@@ -201,26 +201,30 @@ def meeting_of(ranks: tuple[int, ...]) -> Meeting:
     return Meeting(name, store, ranks.index(dist.get_rank()), len(ranks))
 
 
-def link_of(group: Any, meeting: Meeting, timeout_s: float, start_timeout_s: float) -> Link:
-    """The link of the ranks of a process group: the one that all of them have already, or a new one.
-
-    Args:
-        group: the caller's process group; None for all ranks.
+def link_of(ranks: tuple[int, ...], device: torch.device, meeting: Meeting, timeout_s: float, start_timeout_s: float) -> Link:
+    """The link of these ranks: the one that all of them have already, or a new one.
 
     Raises:
         DistributedError: a rank is missing, or cannot be connected.
     """
-    ranks = ranks_of(group)
-    backend = None if group is None else dist.get_backend(group)
-    key = (ranks, backend, timeout_s)
+    key = (ranks, device, timeout_s)
     known = _links.get(key)
     if known is not None and (known.broken or known.world() is not dist.group.WORLD):
         known = None
     names = meeting.agree("link", {}, None, start_timeout_s, says="" if known is None else known.meeting.name)
     if known is not None and set(names) == {known.meeting.name}:
         return known  # another rank may have freed its own, and then all make a new one
-    link = _links[key] = Link(ranks, backend, timeout_s, meeting)
+    link = _links[key] = Link(device, timeout_s, meeting)
     return link
+
+
+def _connected(meeting: Meeting, device: torch.device, timeout: datetime.timedelta) -> Any:
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(meeting.store, meeting.rank, meeting.size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    with torch.cuda.device(device):
+        return dist.ProcessGroupNCCL(meeting.store, meeting.rank, meeting.size, options)
 
 
 def _failures(notes: Mapping[int, str]) -> str:

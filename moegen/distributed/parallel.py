@@ -46,8 +46,8 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
         weights, prefix, layout, gate_up, checkpoint_format: the whole layer's, as in `moegen.runtime.Module.bind`; of a file, only
             what this rank holds is read.
         placement: the experts of each rank; None for near-equal contiguous parts. Ranks are those of the group in ascending order.
-        group: a process group of torch.distributed; None for all ranks. The layer makes connections of its own (shared by the
-            layers of a group) with the same backend: gloo on CPUs, NCCL with CUDA.
+        group: a process group of torch.distributed; None for all ranks. The layer makes connections of its own, which the layers of
+            a group share: gloo on CPUs, NCCL for CUDA.
         exact: see above.
         store: where the artifacts of `local_configs` are looked for and, for this machine's processor, built when they are not
             there (in another process; one rank of a machine builds, the others wait).
@@ -103,7 +103,7 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
             )  # fmt: skip
         replicated = {} if problem.error else self._share.replicated
         meeting.agree("weights", replicated, problem.error, start_timeout_s)
-        self._link = link_of(group, meeting, timeout_s, start_timeout_s)
+        self._link = link_of(ranks, self.device, meeting, timeout_s, start_timeout_s)
         self._directory = Directory(self.placement, self.device)
         self._number, self._calls, self._lock = self._link.next_layer(), 0, threading.Lock()
 
