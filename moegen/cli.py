@@ -39,6 +39,7 @@ from .errors import MoegenError
 from .options import layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
 from .report.command import report
 from .tune.command import tune
+from .validation.command import validate
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -470,6 +471,7 @@ def verify(which: str, out: str | None, seed: int | None, as_json: bool) -> None
 main.add_command(bench)
 main.add_command(report)
 main.add_command(tune)
+main.add_command(validate)
 
 
 if __name__ == "__main__":

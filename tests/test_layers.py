@@ -61,11 +61,20 @@ ORDER = (
     ("field",),
     ("tune",),
     ("report",),
+    ("validation",),
     ("cli",),
     ("__main__",),
 )
 # The same inside a sub-package.
 INSIDE = {
+    "validation": (
+        ("layers", "intervals", "environment", "claims"),
+        ("proofs", "fresh", "speed", "pictures", "printing"),
+        ("page",),
+        ("run",),
+        ("__init__",),
+        ("command",),
+    ),
     "monitoring": (
         ("measures", "on_device", "watching"),
         ("counts", "prometheus"),
@@ -178,7 +187,7 @@ FOREIGN_ONLY_IN = {
     "jinja2": {"emission", "report.page"},
     "matplotlib": {"field.drawing", "report.drawing"},
     "PIL": {"report.drawing"},
-    "click": {"bench.command", "cli", "options", "report.command", "tune.command", "tune.shelf"},
+    "click": {"bench.command", "cli", "options", "report.command", "tune.command", "tune.shelf", "validation.command"},
     "tqdm": {"bench.command", "cli", "tune.command"},
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}

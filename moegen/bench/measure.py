@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,13 @@ class Entrant:
     reason: str | None = None
     relative_l2: float | None = None
     samples: list[float] = dataclasses.field(default_factory=list)
+    turn_medians: list[float] = dataclasses.field(default_factory=list)
+    turn_waits: list[float | None] = dataclasses.field(default_factory=list)
 
     def fail(self, reason: str, status: str = "failed") -> None:
         """Out of the race; what was timed is not quoted."""
-        self.status, self.reason, self.samples = status, reason, []
+        self.status, self.reason = status, reason
+        self.samples, self.turn_medians, self.turn_waits = [], [], []
 
 
 def measure_point(
@@ -123,8 +126,24 @@ def _rounds(
         if ours is not None and ours.status == "correct":
             parts += team.ask(OURS, "profile", calls=_PARTS_CALLS).get("parts", [])
         report("", 1)
+        if effort.quiet_rounds and _known_well(field, effort):
+            report("", effort.rounds - number - 1)
+            break
     medians = {name: float(np.median([p[name] for p in parts])) for name in (parts[0] if parts else {})}
     return Ceilings(kind, tuple(flops), tuple(reads)), medians
+
+
+def _known_well(field: list[Entrant], effort: Effort) -> bool:
+    """Whether every contender that still has turns had enough quiet rounds beside ours."""
+    racing = [e for e in field if e.status == "correct" and e.name != OURS and sum(e.samples) <= effort.most_seconds]
+    ours = next((e for e in field if e.name == OURS), None)
+    mine = ours.turn_waits if ours is not None else []
+    return all(len(quiet(entrant.turn_waits, mine, effort.quiet_share)) >= effort.quiet_rounds for entrant in racing)
+
+
+def quiet(theirs: Sequence[float | None], ours: Sequence[float | None], most: float) -> list[int]:
+    """The rounds in which neither waited for a processor for more than such a share of its turn; what is not known is quiet."""
+    return [i for i, pair in enumerate(zip(theirs, ours, strict=False)) if all(wait is None or wait <= most for wait in pair)]
 
 
 def _turn(team: Team, entrant: Entrant, effort: Effort) -> None:
@@ -133,6 +152,8 @@ def _turn(team: Team, entrant: Entrant, effort: Effort) -> None:
         entrant.fail(reply["error"])
     else:
         entrant.samples += reply["seconds"]
+        entrant.turn_medians.append(float(np.median(reply["seconds"])))
+        entrant.turn_waits.append(reply["waited"])
 
 
 # ---------------------------------------------------------------- results
@@ -179,13 +200,15 @@ def _standing(entrant: Entrant, tokens: int, work: workload.Work, ceilings: Ceil
     }
     if not entrant.samples:
         rates = ("seconds", "tokens_per_s", "flops_per_s", "bytes_per_s", "roofline_fraction", "ratio_to_moegen")
-        return row | dict.fromkeys(rates) | {"samples": []}
+        return row | dict.fromkeys(rates) | {"samples": [], "turn_medians": [], "turn_waits": []}
     median, p95, p99 = (float(q) for q in np.percentile(entrant.samples, (50, 95, 99)))
     weight_bytes = work.weight_bytes if entrant.name == OURS else work.whole_bytes
     kept = np.unique(np.linspace(0, len(entrant.samples) - 1, _KEPT_SAMPLES).astype(int))
     return row | {
         "seconds": {"median": median, "p95": p95, "p99": p99, "min": min(entrant.samples), "max": max(entrant.samples)},
         "samples": [entrant.samples[i] for i in kept],
+        "turn_medians": entrant.turn_medians,
+        "turn_waits": entrant.turn_waits,
         "tokens_per_s": tokens / median,
         "flops_per_s": work.flops / median,
         "bytes_per_s": weight_bytes / median,

@@ -28,6 +28,9 @@ class Effort:
         most_seconds: a contender that has called for so long gets no more turns.
         most_call_seconds: a contender that took longer for one call is left out at larger points.
         patience_seconds: a contender that does not answer for so long counts as hung.
+        quiet_rounds: end before `rounds`, once every contender had so many quiet rounds; 0 for always all of them.
+        quiet_share: a round is quiet for a contender when neither it nor moegen waited for a processor for more than this share
+            of its turn: other processes had it.
     """
 
     rounds: int = 10
@@ -35,6 +38,8 @@ class Effort:
     most_seconds: float = 10.0
     most_call_seconds: float = 5.0
     patience_seconds: float = 300.0
+    quiet_rounds: int = 0
+    quiet_share: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

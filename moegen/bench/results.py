@@ -14,7 +14,9 @@ point       one number of tokens: tokens, flops, active_experts and weight_bytes
             workspace_bytes, dense {seconds, measured_ratio, arithmetic_ratio, how} or null,
             rounding_relative_l2 (what storing weights, and rows, in few bits changes in itself; null where they are not)
 contender   name, status ("correct", "wrong" or "failed"), reason, relative_l2, calls, seconds {median, p95, p99, min, max},
-            samples (of at most 200 calls), tokens_per_s, flops_per_s, bytes_per_s, roofline_fraction, ratio_to_moegen
+            samples (of at most 200 calls), turn_medians (of each round's calls), turn_waits (share of the turn in which threads
+            were ready and other processes had the processor, or null), tokens_per_s, flops_per_s, bytes_per_s,
+            roofline_fraction, ratio_to_moegen
 """
 
 from __future__ import annotations

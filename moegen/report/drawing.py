@@ -205,6 +205,12 @@ def log_numbers(axis: Axis, at_least: tuple[float, float] | None = None) -> None
     plain_numbers(axis)
 
 
+def log_ticks(axis: Axis) -> None:
+    """Round numbers on a logarithmic axis whose limits are set."""
+    axis.set_major_locator(FixedLocator(_round_numbers(*axis.get_view_interval())))
+    plain_numbers(axis)
+
+
 def _round_numbers(low: float, high: float) -> list[float]:
     """Round numbers between two positive ones, few enough to read."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

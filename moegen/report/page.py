@@ -40,26 +40,34 @@ def write(paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str
     return target / PAGE
 
 
-def _page(readings: Readings, drawn: Sequence[Picture]) -> str:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Where the templates of pages are."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(package_folder("templates")),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report/page.html.jinja").render(
-        version=__version__,
-        benches=[_bench(bench) for bench in readings.benches],
-        tunings=[tuning.label for tuning in readings.tunings],
-        pictures=[(picture, base64.b64encode(picture.png).decode("ascii")) for picture in drawn],
-        overview=tables.overview(readings),
-        without_speed=tables.without_speed(readings),
-        absent=tables.absent(readings),
-        scaled=tables.scaled(readings),
-        tuning=tables.tuning(readings.tunings),
-        experts=None if readings.load is None else experts.table(readings.load),
-        runs=[tables.run_text(run) for run in readings.runs],
+
+
+def _page(readings: Readings, drawn: Sequence[Picture]) -> str:
+    return (
+        environment()
+        .get_template("report/page.html.jinja")
+        .render(
+            version=__version__,
+            benches=[_bench(bench) for bench in readings.benches],
+            tunings=[tuning.label for tuning in readings.tunings],
+            pictures=[(picture, base64.b64encode(picture.png).decode("ascii")) for picture in drawn],
+            overview=tables.overview(readings),
+            without_speed=tables.without_speed(readings),
+            absent=tables.absent(readings),
+            scaled=tables.scaled(readings),
+            tuning=tables.tuning(readings.tunings),
+            experts=None if readings.load is None else experts.table(readings.load),
+            runs=[tables.run_text(run) for run in readings.runs],
+        )
     )
 
 

@@ -66,9 +66,11 @@ class Worker:
         if self.last_seconds.get(name, 0.0) < _SLOW_SECONDS:
             self._step(name)
         samples: list[float] = []
+        waited, start = _waited_seconds(), time.perf_counter()
         while not samples or (sum(samples) < seconds and len(samples) < most_calls):
             samples.append(self._step(name))
-        return {"seconds": samples}
+        processors = (time.perf_counter() - start) * self.family.settings.threads
+        return {"seconds": samples, "waited": None if waited is None else ((_waited_seconds() or 0.0) - waited) / processors}
 
     def profile(self, name: str, calls: int) -> dict[str, Any]:
         """The parts of so many calls, after one that brings data and threads back."""
@@ -89,6 +91,15 @@ class Worker:
         call(x, out)
         self.last_seconds[name] = elapsed = time.perf_counter() - start
         return elapsed
+
+
+def _waited_seconds() -> float | None:
+    """Seconds that this process' threads were ready and had no processor; None where the system does not say."""
+    try:
+        waits = [int(file.read_text().split()[1]) for file in pathlib.Path("/proc/self/task").glob("*/schedstat")]
+    except (OSError, IndexError, ValueError):  # no such files, or a thread ended meanwhile
+        return None
+    return sum(waits) / 1e9 if waits else None
 
 
 def _aligned(batch: HostArray) -> HostArray:
