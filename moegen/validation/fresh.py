@@ -37,7 +37,10 @@ def starts(made: Artifact, folder: pathlib.Path, seed: int, times: int) -> tuple
         reply = _start(made, folder, seed)
         said.append(reply) if "error" not in reply else failures.append(str(reply["error"]))
     found = {
-        "alone": Finding(float(len(failures)), failures[0] if failures else f"{times} processes without {', '.join(COMPILERS)}")
+        "alone": Finding(
+            float(len(failures)),
+            failures[0] if failures else f"{times} new process{'es' if times > 1 else ''} without {', '.join(COMPILERS)}",
+        )
     }
     if said:
         found["load"] = _slowest(said, "load_seconds")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..display import size
-from .claims import FAIL, NOT_TESTED, PASS, counted, shown
+from .claims import FAIL, NOT_TESTED, PASS, counted
 
 Json = Mapping[str, Any]
 
@@ -31,6 +31,5 @@ _MARKS = {PASS: "pass", FAIL: "FAIL", NOT_TESTED: "not tested"}
 
 
 def _measured(verdict: Json) -> str:
-    if verdict["value"] is None:
-        return str(verdict["words"])
-    return f"{shown(verdict['value'], verdict['unit'])}, {verdict['threshold']} ({verdict['words']})"
+    words = str(verdict["words"])
+    return words if verdict["status"] == NOT_TESTED else f"{words}; {verdict['threshold']}"

@@ -32,6 +32,7 @@ KIND, SCHEMA_VERSION = "moegen-validation", 1
 RESULT, BENCH, STORE = "validation.json", "bench.json", "store"
 _PAGE_SECONDS = 8.0  # kept for the page
 _LEAST_SECONDS = 3.0
+_RACE_SECONDS = 45.0
 # Twelve quiet rounds where the machine is quiet enough for that.
 EFFORT = Effort(rounds=36, min_ms=20.0, most_seconds=3.0, patience_seconds=60.0, quiet_rounds=12, quiet_share=QUIET_SHARE)
 
@@ -168,7 +169,7 @@ class _Validation:
             self._timed("bit by bit, and starts", subject, names, lambda s=subject: self._run(s))  # type: ignore[misc]
         todo = [subject for subject in self.scope.subjects if subject.label in self.made]
         for index, subject in enumerate(todo):
-            share = self.left() / (len(todo) - index)
+            share = max(self.left() / (len(todo) - index), min(self.left(), _RACE_SECONDS))  # rather one whole than three begun
             self._timed("benchmark", subject, (), lambda s=subject, t=share: self._race(s, t))  # type: ignore[misc]
 
     def _build(self) -> None:
