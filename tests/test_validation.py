@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -192,9 +193,7 @@ def test_new_processes_have_no_compiler(built: Built, tmp_path: pathlib.Path) ->
 
 
 @pytest.mark.usefixtures("only_numpy")
-def test_a_validation_from_the_command_line(
-    scope: Scope, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, store: pathlib.Path
-) -> None:
+def test_a_validation_from_the_command_line(scope: Scope, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(run, "quick", lambda minutes, seed: scope)
     monkeypatch.setattr(claims, "FIRST_CALL_SECONDS", 60.0)
@@ -209,7 +208,7 @@ def test_a_validation_from_the_command_line(
     assert status.pop("build") == NOT_TESTED
     assert status.pop("torch_4") == NOT_TESTED
     assert set(status.values()) == {PASS}
-    assert "12 pass, 0 fail, 2 not tested" in done.stdout or f"{len(status)} pass, 0 fail, 2 not tested" in done.stdout
+    assert f"{len(status)} pass, 0 fail, 2 not tested" in done.stdout
     html = (out / page.PAGE).read_text(encoding="utf-8")
     assert f"{len(status)} pass, 0 fail, 2 not tested" in html
     assert "numpy-grouped" in html
@@ -253,8 +252,6 @@ def test_a_claim_that_fails_says_so(scope: Scope, tmp_path: pathlib.Path, monkey
 
 def test_what_there_is_no_time_for_is_named(scope: Scope, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
-    import dataclasses
-
     document = validate(dataclasses.replace(scope, minutes=1e-3), tmp_path)
     assert {verdict["status"] for verdict in document["verdicts"]} == {NOT_TESTED}
     assert any(what.startswith("proof of small") for what in document["left_out"])

@@ -30,7 +30,7 @@ from .layers import QUICK_SUBJECTS, SUBJECTS
 
 KIND, SCHEMA_VERSION = "moegen-validation", 1
 RESULT, BENCH, STORE = "validation.json", "bench.json", "store"
-_PAGE_SECONDS = 8.0  # kept for the page
+_PAGE_SECONDS = 12.0  # kept for the page
 _LEAST_SECONDS = 3.0
 _RACE_SECONDS = 45.0
 # Twelve quiet rounds where the machine is quiet enough for that.
@@ -121,7 +121,7 @@ class _Validation:
             "minutes": scope.minutes,
             "seconds": None,
             "seed": self.seed,
-            "method": f"{METHOD}, {100 * CONFIDENCE:g} % at least",
+            "method": _method(),
             "interrupted": False,
             "left_out": [],
             "environment": environment(),
@@ -136,12 +136,14 @@ class _Validation:
         """Seconds until the page has to be written."""
         return 60 * self.scope.minutes - _PAGE_SECONDS - (time.monotonic() - self.start)
 
-    def _timed(self, kind: str, subject: Subject, names: tuple[str, ...], work: Callable[[], None]) -> None:
-        """One layer's part of a stage, unless it would take longer than there is time; `names` are its claims."""
+    def _timed(
+        self, kind: str, subject: Subject, names: tuple[str, ...], work: Callable[[], None], least: float | None = None
+    ) -> None:
+        """One layer's part of a stage, unless there is less time than the part before took, or than `least`; `names` are its claims."""
         label = subject.label
         if label not in self.made:
             return
-        if self.left() < max(self.took.get(kind, 0.0), _LEAST_SECONDS):
+        if self.left() < max(self.took.get(kind, 0.0) if least is None else least, _LEAST_SECONDS):
             self._leave_out(f"{kind} of {label}", label)
             return
         self.progress.stage(f"{kind}: {label}")
@@ -166,11 +168,11 @@ class _Validation:
             self._timed("proof", subject, ("relative_l2", "elementwise", "routing"), lambda s=subject: self._prove(s))  # type: ignore[misc]
         for subject in self.scope.subjects:
             names = ("threads", "callers", "batch", "nan", "empty", "alone", "load", "first_call")
-            self._timed("bit by bit, and starts", subject, names, lambda s=subject: self._run(s))  # type: ignore[misc]
+            self._timed("bit by bit", subject, names, lambda s=subject: self._run(s))  # type: ignore[misc]
         todo = [subject for subject in self.scope.subjects if subject.label in self.made]
         for index, subject in enumerate(todo):
             share = max(self.left() / (len(todo) - index), min(self.left(), _RACE_SECONDS))  # rather one whole than three begun
-            self._timed("benchmark", subject, (), lambda s=subject, t=share: self._race(s, t))  # type: ignore[misc]
+            self._timed("benchmark", subject, (), lambda s=subject, t=share: self._race(s, t), _RACE_SECONDS / 2)  # type: ignore[misc]
 
     def _build(self) -> None:
         self.made = {s.label: s.artifact for s in self.scope.subjects if s.artifact is not None}
@@ -285,6 +287,11 @@ class _Validation:
 def failed(document: dict[str, Any]) -> bool:
     """Whether a claim failed."""
     return any(verdict["status"] == FAIL for verdict in document["verdicts"])
+
+
+def _method() -> str:
+    waited = f"neither contender waited for a processor that other processes had for more than {QUIET_SHARE:.0%} of its turn"
+    return f"{METHOD}, {CONFIDENCE:.0%} at least; a round counts when {waited}"
 
 
 def _layer(subject: Subject) -> dict[str, Any]:

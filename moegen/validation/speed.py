@@ -96,7 +96,7 @@ def _against(families: tuple[str, ...], run: Json, point: Json, ours: Json) -> F
     ]
     lost += [f"{name}, which had {_disturbance(point, name, ours)}" for name in disturbed]
     if not known:
-        return Finding(None, f"no interval: {'; '.join(lost)}")
+        return Finding(None, f"no interval: {'; '.join(lost) or 'it was not measured'}")
     name, closest = min(known.items(), key=lambda item: item[1].low)
     words = f"{name} takes {closest} times ours of {duration(ours['seconds']['median'])}, {closest.rounds} rounds"
     return Finding(closest.low, "; ".join([words, *(f"without {reason}" for reason in lost)]))
