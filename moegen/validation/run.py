@@ -139,7 +139,7 @@ class _Validation:
     def _timed(
         self, kind: str, subject: Subject, names: tuple[str, ...], work: Callable[[], None], least: float | None = None
     ) -> None:
-        """One layer's part of a stage, unless there is less time than the part before took, or than `least`; `names` are its claims."""
+        """One layer's part of a stage, unless there is less time than the one before took, or `least`; `names` are its claims."""
         label = subject.label
         if label not in self.made:
             return
