@@ -71,13 +71,13 @@ def _scope(which: tuple[str, ...], minutes: float, seed: int | None, is_quick: b
     scope = run.quick(minutes, seed) if is_quick else run.Scope(minutes, seed=seed)
     if not which:
         return scope
-    subjects = []
+    subjects: dict[str, Subject] = {}
     for name in which:
         made = named_artifact(name, None)
         if made.target.kind != "llvm":
             raise TargetError(f"{made.name} is for {made.target.kind}: `python -m moegen.field` proves and measures such layers")
-        subjects.append(Subject(made.name, made.config, artifact=made))
-    return dataclasses.replace(scope, subjects=tuple(dict.fromkeys(subjects)))
+        subjects[made.name] = Subject(made.name, made.config, artifact=made)
+    return dataclasses.replace(scope, subjects=tuple(subjects.values()))
 
 
 def _shown() -> Progress:

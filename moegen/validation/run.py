@@ -33,6 +33,7 @@ RESULT, BENCH, STORE = "validation.json", "bench.json", "store"
 _PAGE_SECONDS = 12.0  # kept for the page
 _LEAST_SECONDS = 3.0
 _RACE_SECONDS = 45.0
+_UNBUILT = "it was not built"
 # Twelve quiet rounds where the machine is quiet enough for that.
 EFFORT = Effort(rounds=36, min_ms=20.0, most_seconds=3.0, patience_seconds=60.0, quiet_rounds=12, quiet_share=QUIET_SHARE)
 
@@ -185,7 +186,7 @@ class _Validation:
         if not todo:
             return
         self.progress.stage(f"building {', '.join(subject.label for subject in todo)}")
-        self.missing |= {subject.label: "it was not built" for subject in todo}
+        self.missing |= {subject.label: _UNBUILT for subject in todo}
         label_of = {subject.config: subject.label for subject in todo}
         outcomes = batch.build_many([s.config for s in todo], out=self.out / STORE, verify=False, force=True)
         for outcome in outcomes:
@@ -258,7 +259,9 @@ class _Validation:
         """Ctrl-C: what is there stays."""
         self.document["interrupted"] = True
         self.document["left_out"].append("what came after the interrupt")
-        self.missing = {label: "interrupted" if why == "not reached" else why for label, why in self.missing.items()}
+        for label, found in self.findings.items():
+            if label in self.made or "build" not in found:
+                self.missing[label] = "interrupted" if self.missing[label] in ("not reached", _UNBUILT) else self.missing[label]
 
     def end(self) -> dict[str, Any]:
         """Judges, and writes all files."""
