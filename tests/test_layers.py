@@ -69,6 +69,7 @@ ORDER = (
 INSIDE = {
     "validation": (
         ("layers", "intervals", "environment", "claims"),
+        ("others",),
         ("proofs", "fresh", "speed", "pictures", "printing"),
         ("page",),
         ("run",),

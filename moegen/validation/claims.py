@@ -68,10 +68,12 @@ class Finding:
     Args:
         value: the number that decides; None when there is none. Infinite for what failed altogether.
         words: what was measured, or why there is no number.
+        disturbed: what else went on; then a number beyond the limit is no failure, and nothing was tested.
     """
 
     value: float | None
     words: str
+    disturbed: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,8 @@ def judge(claim: Claim, findings: Mapping[str, Finding], missing: str) -> Verdic
     if math.isnan(found.value):
         return Verdict(claim, FAIL, None, found.words)
     holds = _HOLDS[claim.side](found.value, claim.limit)
+    if found.disturbed and not holds:
+        return Verdict(claim, NOT_TESTED, None, f"{found.words}, while {found.disturbed}")
     return Verdict(claim, PASS if holds else FAIL, found.value, found.words)
 
 

@@ -20,6 +20,7 @@ from ..artifact import Artifact
 from ..errors import MeasureError
 from ..paths import PACKAGE
 from .claims import Finding
+from .others import Others, disturbance
 
 COMPILERS = ("tvm", "jinja2", "xgboost", "torch", "numba", "triton")
 _CALLS = 20
@@ -32,7 +33,7 @@ def starts(made: Artifact, folder: pathlib.Path, seed: int, times: int) -> tuple
     Raises:
         MeasureError: a process did not end in time.
     """
-    said, failures = [], []
+    said, failures, others = [], [], Others()
     for _ in range(times):
         reply = _start(made, folder, seed)
         said.append(reply) if "error" not in reply else failures.append(str(reply["error"]))
@@ -43,18 +44,17 @@ def starts(made: Artifact, folder: pathlib.Path, seed: int, times: int) -> tuple
         )
     }
     if said:
-        found["load"] = _slowest(said, "load_seconds")
+        found["load"] = _slowest(said, "load_seconds", others)
         calls = 1e3 * statistics.median(reply["call_seconds"] for reply in said)
-        slowest = _slowest(said, "first_call_seconds")
-        found["first_call"] = Finding(slowest.value, f"{slowest.words}; later calls {calls:.2f} ms")
+        slowest = _slowest(said, "first_call_seconds", others)
+        found["first_call"] = Finding(slowest.value, f"{slowest.words}; later calls {calls:.2f} ms", slowest.disturbed)
     return said, found
 
 
-def _slowest(said: list[dict[str, Any]], name: str) -> Finding:
+def _slowest(said: list[dict[str, Any]], name: str, others: Others) -> Finding:
     seconds = [reply[name] for reply in said]
-    return Finding(
-        max(seconds), f"slowest of {len(seconds)}: {1e3 * max(seconds):.1f} ms, median {1e3 * statistics.median(seconds):.1f}"
-    )
+    words = f"slowest of {len(seconds)}: {1e3 * max(seconds):.1f} ms, median {1e3 * statistics.median(seconds):.1f}"
+    return Finding(max(seconds), words, disturbance(others.share()))
 
 
 def _start(made: Artifact, folder: pathlib.Path, seed: int) -> dict[str, Any]:

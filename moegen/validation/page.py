@@ -39,7 +39,7 @@ def write(document: Json, bench: Json, folder: pathlib.Path) -> pathlib.Path:
             document=document,
             counted=counted(document["verdicts"]),
             failed=any(verdict["status"] == FAIL for verdict in document["verdicts"]),
-            where=list(_where(document["environment"])),
+            where=list(_where(document)),
             layers=[(layer, _verdicts(document, layer["label"])) for layer in document["layers"]],
             ratios=_ratios(document),
             pictures=[(picture, base64.b64encode(picture.png).decode("ascii")) for picture in drawn],
@@ -61,7 +61,8 @@ def _of_bench(bench: Json) -> Iterator[Picture]:
     yield from (picture for picture in drawn if picture.file.startswith(("throughput", "roofline", "parts")))
 
 
-def _where(environment: Json) -> Iterator[tuple[str, str]]:
+def _where(document: Json) -> Iterator[tuple[str, str]]:
+    environment = document["environment"]
     machine = environment["machine"]
     yield "processor", f"{environment['processor']}; {machine['processors']} may be used"
     yield "instructions", " ".join(environment["features"]) or NOTHING
@@ -71,6 +72,8 @@ def _where(environment: Json) -> Iterator[tuple[str, str]]:
         "GPU",
         f"{', '.join(environment['gpus'])}: not tested here, `python -m moegen.field` does" if environment["gpus"] else "none",
     )
+    others = document["others"]
+    yield "other processes", "not known" if others is None else f"had {others:.0%} of the processors meanwhile"
     yield "compiler", environment["compiler"] or "none"
     yield "system", environment["system"]
     packages = {name: version or "not installed" for name, version in environment["packages"].items()}

@@ -24,6 +24,8 @@ def summary_lines(document: Json, page: str) -> Iterator[str]:
     yield ""
     for what in document["left_out"]:
         yield f"left out: {what}"
+    if document["others"] is not None:
+        yield f"other processes had {document['others']:.0%} of the processors meanwhile"
     yield f"{counted(document['verdicts'])}; {document['seconds']:.0f} s; {page}"
 
 

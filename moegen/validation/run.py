@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import math
 import os
@@ -27,13 +28,18 @@ from .claims import CONFIDENCE, FAIL, QUIET_SHARE, Finding, Verdict, claims, jud
 from .environment import environment
 from .intervals import METHOD
 from .layers import QUICK_SUBJECTS, SUBJECTS
+from .others import Others, disturbance
 
 KIND, SCHEMA_VERSION = "moegen-validation", 1
 RESULT, BENCH, STORE = "validation.json", "bench.json", "store"
 _PAGE_SECONDS = 12.0  # kept for the page
-_LEAST_SECONDS = 3.0
-_RACE_SECONDS = 45.0
+# What a stage takes for a layer on two slow processors.
+_PROOF_SECONDS, _RUN_SECONDS = 10.0, 12.0
+_RACE, _RACE_SECONDS = "benchmark", 45.0
 _UNBUILT = "it was not built"
+# The claims of two stages.
+_PROVEN = ("relative_l2", "elementwise", "routing")
+_RUN = ("threads", "callers", "batch", "nan", "empty", "alone", "load", "first_call")
 # Twelve quiet rounds where the machine is quiet enough for that.
 EFFORT = Effort(rounds=36, min_ms=20.0, most_seconds=3.0, patience_seconds=60.0, quiet_rounds=12, quiet_share=QUIET_SHARE)
 
@@ -107,7 +113,7 @@ def validate(scope: Scope, folder: str | os.PathLike[str], progress: Progress | 
 class _Validation:
     def __init__(self, scope: Scope, out: pathlib.Path, progress: Progress) -> None:
         self.scope, self.out, self.progress = scope, out, progress
-        self.start = time.monotonic()
+        self.start, self.others = time.monotonic(), Others()
         self.seed = int(np.random.default_rng().integers(2**31)) if scope.seed is None else scope.seed
         self.claims = claims(scope.subjects, scope.tokens)  # before anything is measured
         self.made: dict[str, Artifact] = {}
@@ -124,6 +130,7 @@ class _Validation:
             "seed": self.seed,
             "method": _method(),
             "interrupted": False,
+            "others": None,
             "left_out": [],
             "environment": environment(),
             "layers": [_layer(subject) for subject in scope.subjects],
@@ -137,14 +144,16 @@ class _Validation:
         """Seconds until the page has to be written."""
         return 60 * self.scope.minutes - _PAGE_SECONDS - (time.monotonic() - self.start)
 
-    def _timed(
-        self, kind: str, subject: Subject, names: tuple[str, ...], work: Callable[[], None], least: float | None = None
-    ) -> None:
-        """One layer's part of a stage, unless there is less time than the one before took, or `least`; `names` are its claims."""
+    def _timed(self, kind: str, subject: Subject, names: tuple[str, ...], work: Callable[[], None], least: float) -> None:
+        """One layer's part of a stage, unless there is less time than the one before took (`least` for the first).
+
+        Args:
+            names: the claims that it is about.
+        """
         label = subject.label
         if label not in self.made:
             return
-        if self.left() < max(self.took.get(kind, 0.0) if least is None else least, _LEAST_SECONDS):
+        if self.left() < self.took.get(kind, least):
             self._leave_out(f"{kind} of {label}", label)
             return
         self.progress.stage(f"{kind}: {label}")
@@ -153,7 +162,8 @@ class _Validation:
             work()
         except MoegenError as error:
             self.findings[label] |= {name: Finding(math.nan, str(error)) for name in names}
-        self.took[kind] = time.monotonic() - began
+        if kind != _RACE:  # which ends when it has to
+            self.took[kind] = time.monotonic() - began
         self._write()
 
     def _leave_out(self, what: str, label: str, why: str = "there was no time for it") -> None:
@@ -166,14 +176,13 @@ class _Validation:
         """All of them."""
         self._build()
         for subject in self.scope.subjects:
-            self._timed("proof", subject, ("relative_l2", "elementwise", "routing"), lambda s=subject: self._prove(s))  # type: ignore[misc]
+            self._timed("proof", subject, _PROVEN, functools.partial(self._prove, subject), _PROOF_SECONDS)
         for subject in self.scope.subjects:
-            names = ("threads", "callers", "batch", "nan", "empty", "alone", "load", "first_call")
-            self._timed("bit by bit", subject, names, lambda s=subject: self._run(s))  # type: ignore[misc]
+            self._timed("bit by bit", subject, _RUN, functools.partial(self._run, subject), _RUN_SECONDS)
         todo = [subject for subject in self.scope.subjects if subject.label in self.made]
         for index, subject in enumerate(todo):
             share = max(self.left() / (len(todo) - index), min(self.left(), _RACE_SECONDS))  # rather one whole than three begun
-            self._timed("benchmark", subject, (), lambda s=subject, t=share: self._race(s, t), _RACE_SECONDS / 2)  # type: ignore[misc]
+            self._timed(_RACE, subject, (), functools.partial(self._race, subject, share), _RACE_SECONDS / 2)
 
     def _build(self) -> None:
         self.made = {s.label: s.artifact for s in self.scope.subjects if s.artifact is not None}
@@ -188,14 +197,18 @@ class _Validation:
         self.progress.stage(f"building {', '.join(subject.label for subject in todo)}")
         self.missing |= {subject.label: _UNBUILT for subject in todo}
         label_of = {subject.config: subject.label for subject in todo}
+        others = Others()
         outcomes = batch.build_many([s.config for s in todo], out=self.out / STORE, verify=False, force=True)
         for outcome in outcomes:
             label = label_of[outcome.config]
             self._built(label, outcome)
             self._write()
-            if self.left() <= 0 and len(self.made) < len(todo):
+            if self.left() <= 30 * self.scope.minutes and len(self.findings_of("build")) < len(self.scope.subjects):
                 outcomes.close()
                 break
+        for label in label_of.values():
+            if found := self.findings[label].get("build"):
+                self.findings[label]["build"] = dataclasses.replace(found, disturbed=disturbance(others.share()))
         for label in set(label_of.values()) - set(self.findings_of("build")):
             self._leave_out(f"building {label}", label)
 
@@ -275,6 +288,7 @@ class _Validation:
     def _write(self) -> None:
         self.document["verdicts"] = [verdict.to_dict() for verdict in self._verdicts()]
         self.document["seconds"] = round(time.monotonic() - self.start, 1)
+        self.document["others"] = self.others.share()
         results.write_document(self.document, self.out / RESULT)
         if any(run["points"] for run in self.bench["runs"]):
             results.write_document(self.bench, self.out / BENCH)
