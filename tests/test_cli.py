@@ -25,7 +25,7 @@ import moegen
 from moegen import batch, builder, cli, display, options, plan, presets, verification
 from moegen.batch import Outcome
 
-COMMANDS = ("build", "emit", "list", "inspect", "verify", "bench", "report")
+COMMANDS = ("build", "emit", "list", "inspect", "verify", "bench", "report", "validate")
 TINY = {"experts": 4, "top_k": 2, "hidden": 32, "intermediate": 32}
 OPTIONS = ("--experts", "4", "--top-k", "2", "--hidden", "32", "--intermediate", "32")
 CONFIG = moegen.MoEConfig(**TINY)

@@ -181,7 +181,7 @@ RUNTIME_NEVER = {
     "records",
     "objects",
 }
-RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli"}
+RUNTIME_NEVER |= {"verification", "reference", "bench", "report", "tune", "cli", "monitoring", "validation"}
 FOREIGN_NEVER = {"tvm", "jinja2", "xgboost", "click", "torch", "tqdm", "ml_dtypes", "matplotlib", "PIL"}
 FOREIGN_ONLY_IN = {
     "tvm": {"compiler", "cuda.compiler", "cuda.hopper", "cuda.rewriting", "intrinsics", "rewriting", "tune.guest", "tune.wire"},
