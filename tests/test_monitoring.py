@@ -237,6 +237,11 @@ def test_damaged_files_are_refused(change: dict[str, Any], words: str, tmp_path:
         ExpertLoad.read(file)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        counted(1, 2).save(tmp_path / "missing" / "load.json")
+
+
 def test_what_does_not_fit_is_not_merged() -> None:
     with pytest.raises(InputError, match="2 experts in one and 3"):
         ExpertLoad.merged([counted(1, 2), counted(1, 2, 3)])

@@ -157,6 +157,8 @@ class LayerCounts:
             Moment(float(m["seconds"]), _whole(m, "calls"), _counts(m["counts"], made.experts, "history"))
             for m in values["history"]
         ]
+        if not all(math.isfinite(moment.seconds) for moment in made.moments):
+            raise ValueError("history has a time that is no number")
         for before, after in itertools.pairwise(made.moments):
             if not before.seconds <= after.seconds or (before.counts > after.counts).any():
                 raise ValueError("history goes backwards")

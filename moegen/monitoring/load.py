@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -230,14 +231,21 @@ class ExpertLoad:
         return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all counts as JSON, replacing the file in one step."""
+        """Writes all counts as JSON, replacing the file in one step.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         target = pathlib.Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
             os.replace(temporary, target)
+        except OSError as error:
+            raise InputError(f"{str(target)!r} cannot be written ({error.strerror}): give another path") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, *paths: str | os.PathLike[str]) -> ExpertLoad:
