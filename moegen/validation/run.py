@@ -55,6 +55,7 @@ class Scope:
         starts: new processes for each layer.
         effort: of the benchmark.
         seed: of weights and inputs; None draws one.
+        judges_speed: whether the layers are large enough that claims about speed are judged.
     """
 
     minutes: float = 5.0
@@ -63,12 +64,13 @@ class Scope:
     starts: int = 5
     effort: Effort = EFFORT
     seed: int | None = None
+    judges_speed: bool = True
 
 
 def quick(minutes: float = 5.0, seed: int | None = None) -> Scope:
     """All stages with tiny layers and little effort: shows that everything runs here, not how fast."""
     effort = Effort(rounds=8, min_ms=1.0, most_seconds=0.5, patience_seconds=60.0)
-    return Scope(minutes, QUICK_SUBJECTS, tokens=(4,), starts=1, effort=effort, seed=seed)
+    return Scope(minutes, QUICK_SUBJECTS, tokens=(4,), starts=1, effort=effort, seed=seed, judges_speed=False)
 
 
 class Progress:
@@ -259,7 +261,11 @@ class _Validation:
             self._leave_out(f"benchmark of {label} at {rest}", label)
 
     def _raced(self, label: str, run: dict[str, Any]) -> None:
-        self.findings[label] |= speed.findings(run)
+        found = speed.findings(run)
+        if not self.scope.judges_speed:
+            small = "so small a layer says nothing about speed"
+            found = {name: Finding(None, f"{small} ({finding.words})") for name, finding in found.items()}
+        self.findings[label] |= found
         self._facts(label)["ratios"] = [
             {"tokens": point["tokens"], "contender": name, **interval.to_dict()}
             for point in run["points"]
