@@ -75,7 +75,7 @@ ORDER = (
 # The same inside a sub-package.
 INSIDE = {
     "validation": (
-        ("layers", "intervals", "environment", "claims"),
+        ("layers", "intervals", "limits", "environment", "claims"),
         ("others",),
         ("proofs", "fresh", "speed", "pictures", "printing"),
         ("page",),

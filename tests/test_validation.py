@@ -277,6 +277,17 @@ def test_a_claim_that_fails_says_so(scope: Scope, tmp_path: pathlib.Path, monkey
     assert run.failed(document)
 
 
+def test_what_takes_too_long_is_ended(scope: Scope, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(proofs, "numerics", lambda *given: time.sleep(60))
+    monkeypatch.setattr(run, "_PROOF_SECONDS", 0.0)
+    start = time.monotonic()
+    document = validate(dataclasses.replace(scope, minutes=(run._PAGE_SECONDS + 1) / 60), tmp_path)
+    assert time.monotonic() - start < 50
+    assert any("it took longer than there was time" in what for what in document["left_out"])
+    assert {verdict["status"] for verdict in document["verdicts"]} == {NOT_TESTED}
+
+
 def test_what_there_is_no_time_for_is_named(scope: Scope, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     document = validate(dataclasses.replace(scope, minutes=1e-3), tmp_path)

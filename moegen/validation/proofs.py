@@ -23,9 +23,9 @@ Bits = npt.NDArray[Any]
 
 TOKENS = (0, 1, 2, 17, 130)
 THREADS = (1, 2, 3)
-_SIZES = (1, 9, 67, 200)
-_ALONE = 24
-_PARTS = (7, 33)
+_SIZES = (1, 9, 130)
+_ALONE = 12
+_PARTS = (17, 50)
 _CALLERS = 4
 
 
@@ -80,7 +80,7 @@ def _threads(layer: Layer, inputs: list[HostArray]) -> Finding:
 
 def _callers(layer: Layer, inputs: list[HostArray]) -> Finding:
     expected = [_bits(layer, x) for x in inputs]
-    jobs = [index for _ in range(6) for index in range(len(inputs))]
+    jobs = [index for _ in range(4) for index in range(len(inputs))]
     with concurrent.futures.ThreadPoolExecutor(_CALLERS) as pool:
         got = list(pool.map(lambda index: _bits(layer, inputs[index]), jobs))
     differing = sum(int((bits != expected[index]).sum()) for index, bits in zip(jobs, got, strict=True))

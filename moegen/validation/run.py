@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -28,6 +29,7 @@ from .claims import CONFIDENCE, FAIL, QUIET_SHARE, Finding, Verdict, claims, jud
 from .environment import environment
 from .intervals import METHOD
 from .layers import QUICK_SUBJECTS, SUBJECTS
+from .limits import OutOfTime, time_limit
 from .others import Others, disturbance
 
 KIND, SCHEMA_VERSION = "moegen-validation", 1
@@ -37,6 +39,7 @@ _PAGE_SECONDS = 12.0  # kept for the page
 _PROOF_SECONDS, _RUN_SECONDS = 10.0, 12.0
 _RACE, _RACE_SECONDS = "benchmark", 45.0
 _UNBUILT = "it was not built"
+_BUILD_SHARE = 0.6  # of the time: what is built should be proven, too
 # The claims of two stages.
 _PROVEN = ("relative_l2", "elementwise", "routing")
 _RUN = ("threads", "callers", "batch", "nan", "empty", "alone", "load", "first_call")
@@ -161,7 +164,10 @@ class _Validation:
         self.progress.stage(f"{kind}: {label}")
         began = time.monotonic()
         try:
-            work()
+            with time_limit(self.left()):
+                work()
+        except OutOfTime:
+            self._leave_out(f"{kind} of {label}", label, "it took longer than there was time")
         except MoegenError as error:
             self.findings[label] |= {name: Finding(math.nan, str(error)) for name in names}
         if kind != _RACE:  # which ends when it has to
@@ -201,13 +207,10 @@ class _Validation:
         label_of = {subject.config: subject.label for subject in todo}
         others = Others()
         outcomes = batch.build_many([s.config for s in todo], out=self.out / STORE, verify=False, force=True)
-        for outcome in outcomes:
-            label = label_of[outcome.config]
-            self._built(label, outcome)
-            self._write()
-            if self.left() <= 30 * self.scope.minutes and len(self.findings_of("build")) < len(self.scope.subjects):
-                outcomes.close()
-                break
+        with contextlib.suppress(OutOfTime), contextlib.closing(outcomes), time_limit(self.left() * _BUILD_SHARE):
+            for outcome in outcomes:
+                self._built(label_of[outcome.config], outcome)
+                self._write()
         for label in label_of.values():
             if found := self.findings[label].get("build"):
                 self.findings[label]["build"] = dataclasses.replace(found, disturbed=disturbance(others.share()))

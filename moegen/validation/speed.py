@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..bench.run import Watch, bench
 from ..display import duration, percent
 from .claims import CONFIDENCE, QUIET_SHARE, Finding
 from .intervals import Interval, ratio_interval
+from .limits import OutOfTime, time_limit
 
 Json = Mapping[str, Any]
 
@@ -22,19 +22,13 @@ RIVALS = {"numpy": ("numpy",), "torch": ("torch", "onednn")}
 AGAINST = ",".join(family for families in RIVALS.values() for family in families)
 
 
-class _OutOfTime(Exception):
-    """The benchmark's time is over."""
+class _Told(Watch):
+    """Passes on what is being measured."""
 
-
-class _Deadline(Watch):
-    """Ends a benchmark between two turns."""
-
-    def __init__(self, deadline: float, say: Callable[[str], None]) -> None:
-        self.deadline, self.say = deadline, say
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
 
     def step(self, what: str, turns: int = 0) -> None:
-        if time.monotonic() > self.deadline:
-            raise _OutOfTime
         if what:
             self.say(what)
 
@@ -46,8 +40,9 @@ def measured(subject: Subject, request: Request, document: dict[str, Any], secon
         MeasureError: it cannot be measured here.
     """
     try:
-        bench([subject], request, document, _Deadline(time.monotonic() + seconds, say))
-    except _OutOfTime:
+        with time_limit(seconds):
+            bench([subject], request, document, _Told(say))
+    except OutOfTime:
         return False
     return True
 
