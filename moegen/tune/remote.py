@@ -9,9 +9,9 @@ On the machine that knows the others, and on each machine that is to measure, wh
 Whoever reaches a server can run anything there: TVM's RPC is for networks whose users are trusted.
 
 A server measures for one client at a time. It needs neither moegen nor a compiler, but a processor or a CUDA device (with NVIDIA's
-driver) that runs the code that is measured: one that lacks what the layers were compiled for is refused. Of several
-devices the first one measures; $CUDA_VISIBLE_DEVICES of the server says which that is. A run measures on the same processor or
-device everywhere, so that servers of each kind have a key of their own.
+driver) that runs the code that is measured: one that lacks what the layers were compiled for is refused. Of several devices the
+first one measures; $CUDA_VISIBLE_DEVICES of the server says which that is. A run measures on the same processor or device
+everywhere, so that servers of each kind have a key of their own.
 """
 
 from __future__ import annotations
