@@ -17,6 +17,7 @@ from .rewrites import Rewrite
 
 MOST_THREADS = 512  # by default: twice as many have half the registers for loads under way, and barriers take longer
 MOST_LOADS = 4096  # of 16 bytes: what a multiprocessor has to wait for at once to read as fast as it can
+WAIT_BYTES = 80 << 10  # what could have been read while a thread block waits for the first of its columns
 MOST_TOKENS = 128  # about as many as a device has multiprocessors; for more, a tile of tokens reads the router once
 MOST_BYTES = 256 << 10  # of the router
 
@@ -37,8 +38,10 @@ class Knobs:
 
 
 def default(geometry: CudaGeometry) -> Knobs:
-    """As many threads as have something to read, up to `MOST_THREADS`, and `MOST_LOADS` under way."""
-    columns = min(64, max(8, 1 << (geometry.router.n - 1).bit_length()))
+    """As many threads as have something to read, up to `MOST_THREADS`, and `MOST_LOADS` under way. Columns of padding are read, too."""
+    router = geometry.router
+    row_bytes = router.k_padded * geometry.item_bytes
+    columns = min((64, 32, 16, 8), key=lambda one: -(-router.n // one) * (one * row_bytes + WAIT_BYTES))
     lanes = min(_most_lanes(geometry), MOST_THREADS // columns)
     return Knobs(columns, lanes, min(16, MOST_LOADS // (columns * lanes)))
 
