@@ -38,7 +38,7 @@ class Knobs:
 
 
 def default(geometry: CudaGeometry) -> Knobs:
-    """As many threads as have something to read, up to `MOST_THREADS`, and `MOST_LOADS` under way. Columns of padding are read, too."""
+    """As many threads as have something to read, up to `MOST_THREADS`, and `MOST_LOADS` under way; columns of padding cost, too."""
     router = geometry.router
     row_bytes = router.k_padded * geometry.item_bytes
     columns = min((64, 32, 16, 8), key=lambda one: -(-router.n // one) * (one * row_bytes + WAIT_BYTES))
