@@ -71,7 +71,8 @@ def check(knobs: Knobs, geometry: CudaGeometry) -> None:
         raise ScheduleError(f"columns={knobs.columns} must be 4, 8, 16, 32 or 64")
     if knobs.unroll not in (1, 2, 4, 8, 16):
         raise ScheduleError(f"unroll={knobs.unroll} must be 1, 2, 4, 8 or 16")
-    if (most := _most_lanes(geometry)) % knobs.lanes or knobs.lanes < 1:
+    most = _most_lanes(geometry)
+    if knobs.lanes < 1 or most % knobs.lanes:
         raise ScheduleError(f"lanes={knobs.lanes} must be a power of two up to {most}")
     if not 32 <= knobs.columns * knobs.lanes <= 1024:
         raise ScheduleError(f"columns * lanes = {knobs.columns * knobs.lanes} threads must be between 32 and 1024")
