@@ -85,6 +85,7 @@ def lower(
 
 # The stage `route` is one kernel of two functions that have stages of their own as well.
 _ROUTE = {"route_logits": "router_few", "route_choice": "topk"}
+_FEW_THREADS = 1024  # of a multiprocessor where a kernel waits for weights: 64 registers for each
 _TARGET = {
     "kind": "cuda",
     "arch": "sm_90",
@@ -131,7 +132,6 @@ def _joined(source: str, stages: Mapping[str, Stage], geometry: CudaGeometry) ->
         (kernel,) = made["router_few"].kernels
         tiles = -(-geometry.router.n // kernel.block[1])
         made["router_few"] = Stage("router_few", (dataclasses.replace(kernel, grid=(kernel.grid[0], str(tiles), "1")),))
-        source = joining.alone(source, kernel)
     if _ROUTE.keys() <= made.keys():
         (logits,), (choice,) = (made.pop(half).kernels for half in _ROUTE)
         tiles = -(-geometry.router.n // logits.block[1])
@@ -141,6 +141,11 @@ def _joined(source: str, stages: Mapping[str, Stage], geometry: CudaGeometry) ->
         (routed,), (shared,) = made["up_few"].kernels, made.pop("shared_up_few").kernels
         source, kernel = joining.side_by_side(source, routed, shared, {"w": "shared_w", "output": "shared_output"})
         made["up_few"] = Stage("up_few", (kernel,))
+    for name in made:
+        if name in ("route", "router_few"):  # there are fewer thread blocks than multiprocessors, or not many more
+            source = joining.with_blocks(source, made[name].kernels[0], 1)
+        elif name.endswith("_few"):
+            source = joining.with_blocks(source, kernel := made[name].kernels[0], max(1, _FEW_THREADS // kernel.threads))
     return source, made
 
 

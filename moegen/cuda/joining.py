@@ -38,16 +38,19 @@ class _Definition:
         return _Definition(self.text, {new(name): new(text) for name, text in self.parameters.items()}, new(self.body))
 
 
-def alone(source: str, kernel: Kernel) -> str:
-    """The source with `kernel` allowed all registers of a multiprocessor, which makes the compiler begin loads together."""
+def with_blocks(source: str, kernel: Kernel, blocks: int) -> str:
+    """The source with the registers of a multiprocessor shared out among so many thread blocks of `kernel`.
+
+    Told nothing, the compiler saves registers for as many blocks as there could be: it begins few loads together, and even spills.
+    """
     bounds = f"__launch_bounds__({kernel.threads}"
-    return source.replace(f"{bounds}) {kernel.symbol}(", f"{bounds}, 1) {kernel.symbol}(")
+    return source.replace(f"{bounds}) {kernel.symbol}(", f"{bounds}, {blocks}) {kernel.symbol}(")
 
 
 def in_turn(source: str, symbol: str, first: Kernel, second: Kernel, tiles: int, names: Mapping[str, str]) -> tuple[str, Kernel]:
     """`second` after `first`, where thread block t of `second` needs only what the blocks (t, *) of `first` made.
 
-    A thread block is all of these in turn; what it wrote to global memory it sees after a barrier. It has registers as in `alone`.
+    A thread block is all of these in turn; what it wrote to global memory it sees after a barrier.
 
     Args:
         symbol: name of the kernel that takes the place of the two.
@@ -72,8 +75,7 @@ def in_turn(source: str, symbol: str, first: Kernel, second: Kernel, tiles: int,
   {"if (moegen_thread == 0) " if second.threads == 1 else ""}{{
 {_indented(re.sub(r"threadIdx[.]x", "moegen_thread", after.body))}
   }}"""
-    grid = (first.grid[0], "1", "1")
-    return _joined(source, symbol, (first, before, names), (second, after, {}), body, grid, f"{first.threads}, 1")
+    return _joined(source, symbol, (first, before, names), (second, after, {}), body, (first.grid[0], "1", "1"))
 
 
 def side_by_side(source: str, first: Kernel, second: Kernel, names: Mapping[str, str]) -> tuple[str, Kernel]:
@@ -102,15 +104,13 @@ def side_by_side(source: str, first: Kernel, second: Kernel, names: Mapping[str,
 {_indented(theirs.body.replace("blockIdx.x", "moegen_block"))}
   }}"""
     grid = (f"({first.grid[0]} + {second.grid[0]})", f"std::max<int64_t>({first.grid[1]}, {second.grid[1]})", "1")
-    return _joined(source, first.symbol, (first, ours, {}), (second, theirs, names), body, grid, str(first.threads))
+    return _joined(source, first.symbol, (first, ours, {}), (second, theirs, names), body, grid)
 
 
 _Part = tuple[Kernel, _Definition, Mapping[str, str]]
 
 
-def _joined(
-    source: str, symbol: str, one: _Part, other: _Part, body: str, grid: tuple[str, str, str], bounds: str
-) -> tuple[str, Kernel]:
+def _joined(source: str, symbol: str, one: _Part, other: _Part, body: str, grid: tuple[str, str, str]) -> tuple[str, Kernel]:
     if one[0].shared_bytes or other[0].shared_bytes:
         raise BuildError(f"{one[0].symbol} or {other[0].symbol} has dynamic shared memory: they cannot be joined")
     texts = one[1].parameters | other[1].parameters
@@ -118,7 +118,7 @@ def _joined(
     for kernel, definition, names in (one, other):
         for name, parameter in zip(definition.parameters, kernel.parameters, strict=True):
             known.setdefault(name, dataclasses.replace(parameter, name=names.get(parameter.name, parameter.name)))
-    made = f'extern "C" __global__ void __launch_bounds__({bounds}) {symbol}({", ".join(texts.values())}) {{\n{body}\n}}\n'
+    made = f'extern "C" __global__ void __launch_bounds__({one[0].threads}) {symbol}({", ".join(texts.values())}) {{\n{body}\n}}\n'
     source = source.replace(other[1].text, "").replace(one[1].text, made)
     for kernel in (one[0], other[0]):  # what was declared ahead
         source = re.sub(rf'extern "C" __global__ void [^;{{]*\b{kernel.symbol}\([^;{{]*\);\n', "", source)

@@ -17,6 +17,7 @@ from .rewrites import Rewrite
 
 MOST_THREADS = 512  # by default: twice as many have half the registers for loads under way, and barriers take longer
 MOST_LOADS = 4096  # of 16 bytes: what a multiprocessor has to wait for at once to read as fast as it can
+WAIT_BYTES = 80 << 10  # what could have been read while a thread block waits for the first of its columns
 MOST_TOKENS = 128  # about as many as a device has multiprocessors; for more, a tile of tokens reads the router once
 MOST_BYTES = 256 << 10  # of the router
 
@@ -37,8 +38,10 @@ class Knobs:
 
 
 def default(geometry: CudaGeometry) -> Knobs:
-    """As many threads as have something to read, up to `MOST_THREADS`, and `MOST_LOADS` under way."""
-    columns = min(64, max(8, 1 << (geometry.router.n - 1).bit_length()))
+    """As many threads as have something to read, up to `MOST_THREADS`, and `MOST_LOADS` under way; columns of padding cost, too."""
+    router = geometry.router
+    row_bytes = router.k_padded * geometry.item_bytes
+    columns = min((64, 32, 16, 8), key=lambda one: -(-router.n // one) * (one * row_bytes + WAIT_BYTES))
     lanes = min(_most_lanes(geometry), MOST_THREADS // columns)
     return Knobs(columns, lanes, min(16, MOST_LOADS // (columns * lanes)))
 
@@ -68,7 +71,8 @@ def check(knobs: Knobs, geometry: CudaGeometry) -> None:
         raise ScheduleError(f"columns={knobs.columns} must be 4, 8, 16, 32 or 64")
     if knobs.unroll not in (1, 2, 4, 8, 16):
         raise ScheduleError(f"unroll={knobs.unroll} must be 1, 2, 4, 8 or 16")
-    if (most := _most_lanes(geometry)) % knobs.lanes or knobs.lanes < 1:
+    most = _most_lanes(geometry)
+    if knobs.lanes < 1 or most % knobs.lanes:
         raise ScheduleError(f"lanes={knobs.lanes} must be a power of two up to {most}")
     if not 32 <= knobs.columns * knobs.lanes <= 1024:
         raise ScheduleError(f"columns * lanes = {knobs.columns * knobs.lanes} threads must be between 32 and 1024")
