@@ -403,6 +403,8 @@ def test_wrong_inputs(layer, x):
     for call, said in (
         (lambda: layer(x.double()), "dtype float64, this layer takes float32"),
         (lambda: layer(x.long()), "dtype int64"),
+        (lambda: layer(x.numpy()), "x must be a torch tensor, not ndarray"),
+        (lambda: layer.experts(None, ids, factors), "not NoneType"),
         (lambda: layer(x[..., :3]), r"shape \[2, 5, 3\]"),
         (lambda: layer(x[0, 0]), r"shape \[16\]"),
         (lambda: layer(x[None]), r"shape \[1, 2, 5, 16\]"),

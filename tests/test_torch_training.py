@@ -424,10 +424,15 @@ def test_refusals(modules, rng, paths):
     with pytest.raises(InputError, match="must be a float type"):
         TrainableMoELayer(modules["shared"], weights, dtype=torch.int8)
     layer = TrainableMoELayer(modules["shared"], weights)
+    frozen = layer.frozen()
     with pytest.raises(InputError, match="cannot be moved to 'meta'"):
         layer.to("meta")
     with pytest.raises(InputError, match="dtype float64"):
         layer(torch.zeros(3, H, dtype=torch.float64))
+    with pytest.raises(InputError, match="number is that of a TrainableMoELayer"):
+        torch.ops.moegen.forward(torch.zeros(3, H), layer.trained.number)
+    with pytest.raises(InputError, match="weights are constants"):
+        torch.ops.moegen.trained(torch.zeros(3, H), [], frozen.bound.number, 6, 3, None)
     x = torch.randn(3, H, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(InputError, match="no second derivatives"):

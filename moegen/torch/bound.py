@@ -137,7 +137,13 @@ def _unpickled(state: tuple[Any, ...], name: str | None) -> BoundLayer:
 
 
 def entering(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` in a layer's `dtype` where that loses nothing, or under torch.autocast; otherwise as it is."""
+    """`x` in a layer's `dtype` where that loses nothing, or under torch.autocast; otherwise as it is.
+
+    Raises:
+        InputError: it is no tensor.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f"x must be a torch tensor, not {type(x).__name__}: Module.bind gives layers for other arrays")
     if x.dtype is dtype or not x.dtype.is_floating_point:
         return x
     return x.to(dtype) if x.dtype in _WIDENED[dtype] or torch.is_autocast_enabled(x.device.type) else x

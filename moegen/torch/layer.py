@@ -111,7 +111,9 @@ class MoELayer(torch.nn.Module):
         Raises:
             InputError: the wrong shape, dtype or device, or x requires a gradient.
         """
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which meets the operator's own
+        if (
+            getattr(x, "requires_grad", False) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # which meets the operator's own
             raise InputError(ops.NO_BACKWARD)
         return self.bound.forward_routed(x, jitter) if return_routing else self.bound.forward(x, jitter)
 

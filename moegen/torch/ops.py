@@ -214,6 +214,8 @@ def _check_table(layer: Layer | DeviceLayer, table: torch.Tensor, name: str, row
 def _check_place(layer: Layer | DeviceLayer, x: torch.Tensor, name: str) -> None:
     if x.is_cpu and isinstance(layer, Layer):
         return
+    if not isinstance(layer, Layer | DeviceLayer):
+        raise InputError("the number is that of a TrainableMoELayer, whose operator is moegen::trained")
     place = place_of(layer)
     if x.device != place:
         raise InputError(f"{name} is on device '{x.device}', the layer is on '{place}': move it with .to('{place}')")

@@ -131,6 +131,13 @@ def _unpickled(path: str, threads: int, device: int) -> TrainedLayer:
     return TrainedLayer(open_module(path, threads=threads, device=device))
 
 
+def _state(number: int) -> TrainedLayer:
+    state = layer_of(number)
+    if not isinstance(state, TrainedLayer):
+        raise InputError(f"the number is that of {state!r}, whose weights are constants: its operator is moegen::forward")
+    return state
+
+
 # ---------------------------------------------------------------- operators
 
 
@@ -146,7 +153,7 @@ def trained(
     x: torch.Tensor, weights: list[torch.Tensor], layer: int, experts: int, top_k: int, router_x: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole layer with `weights`, and what its router decided."""
-    with layer_of(layer).with_weights(weights) as bound:
+    with _state(layer).with_weights(weights) as bound:
         return ops.routed(bound, x, experts, top_k, router_x)
 
 
@@ -175,7 +182,7 @@ def trained_backward(
     wanted: list[bool],
 ) -> list[torch.Tensor]:
     """Gradients of x, of router_x where it is given, and of the wanted weights, in this order."""
-    state = layer_of(layer)
+    state = _state(layer)
     hidden = state.config.hidden
     names = [name for name, want in zip(state.names, wanted, strict=True) if want]
     given = {name: w.detach() for name, w in zip(state.names, weights, strict=True)}
