@@ -492,8 +492,8 @@ def test_a_layer_with_capacity_is_not_compared() -> None:
     from moegen.serve_bench.layers import Checked, Layers
 
     layers = types.SimpleNamespace(config=moegen.MoEConfig(**TINY, capacity_factor=1.0))
-    reply = {"rows": [1], "same_alone": False}
-    assert Layers._checked(layers, roster.OURS, reply, np.zeros((1, 32))) == Checked()  # type: ignore[arg-type]
+    kept = {"rows": [1], "same_alone": False, "outputs": np.zeros((1, 32))}
+    assert Layers.check(layers, roster.OURS, kept) == Checked()  # type: ignore[arg-type]
 
 
 def test_a_turn_that_takes_too_long_is_cut_off(tiny: Subject) -> None:

@@ -136,8 +136,8 @@ class Layers:
 
     def play(
         self, name: str, load: Load, warmup: Load | None, limits: Limits, most_seconds: float, report: Callable[[int], None]
-    ) -> tuple[Played, Checked]:
-        """One turn of a contender.
+    ) -> tuple[Played, dict[str, Any]]:
+        """One turn of a contender, and what `check` needs to know of it.
 
         Raises:
             WorkerLost: it crashed, hung, or its library raised; the message says which, and its family goes on.
@@ -160,16 +160,17 @@ class Layers:
         outcomes = [Outcome.from_dict(values) for values in json.loads(pathlib.Path(f"{to}.json").read_bytes())]
         facts = reply["facts"] | {"cut_off": reply["cut_off"]}
         played = Played(outcomes, reply["seconds"], reply["interrupted"], facts)
-        return played, self._checked(name, reply, np.load(f"{to}.npy"))
+        return played, {"rows": reply["rows"], "same_alone": reply["same_alone"], "outputs": np.load(f"{to}.npy")}
 
-    def _checked(self, name: str, reply: dict[str, Any], outputs: Any) -> Checked:
+    def check(self, name: str, kept: dict[str, Any]) -> Checked:
+        """Compares what a turn kept with the reference, which takes seconds for a large layer."""
         if self.config.capacity_factor is not None:  # what is dropped depends on the batch
             return Checked()
-        found = Checked(same_alone=reply["same_alone"])
+        found = Checked(same_alone=kept["same_alone"])
         if name == OURS and found.same_alone is False:
             found.wrong = "wrong: a request's output depends on the other requests of its batches"
-        if reply["rows"]:
-            found.rows, found.relative_l2 = self._error(name, reply["rows"], outputs)
+        if kept["rows"]:
+            found.rows, found.relative_l2 = self._error(name, kept["rows"], kept["outputs"])
             bound = workload.bound(self.config)
             if found.relative_l2 is not None and not found.relative_l2 <= bound:
                 found.wrong = f"wrong: relative L2 error {found.relative_l2:.1e} is above {bound:.0e}"

@@ -150,12 +150,13 @@ def _round(
             continue
         watch.step(_said(name, number, asked))
         try:
-            played, checked = layers.play(name, load, asked.warmup_load(), target.limits, target.most_seconds, watch.ended)
+            played, kept = layers.play(name, load, asked.warmup_load(), target.limits, target.most_seconds, watch.ended)
         except WorkerLost as loss:
             standing.lost = str(loss)
             continue
-        standing.turns.append((load, played))
-        standing.checks.append(checked)
+        standing.turns.append((load, played))  # before the comparison, which may be interrupted, too
+        watch.step(f"{_said(name, number, asked)}, compared with the reference")
+        standing.checks.append(layers.check(name, kept))
         if played.interrupted:
             return True
     return False
