@@ -20,7 +20,6 @@ from ..options import named_artifact
 from ..orientation import GATE_UPS, LAYOUTS
 from ..target import KINDS
 from .finding import artifact_of, config_beside, layers_of
-from .packing import pack as pack_layer
 
 _NUMBER = "{layer}"
 
