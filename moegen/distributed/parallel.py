@@ -112,6 +112,7 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
         """This process among the ranks of the layer."""
         return self._link.rank
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for this rank's tokens, of x's shape.
 
@@ -124,6 +125,7 @@ class ExpertParallel(torch.nn.Module):  # type: ignore[misc]
         """
         return self._call(_Clock(), x, None, None)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def experts(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The routed experts alone, with anybody's routing; capacity applies, the shared expert does not.
 
