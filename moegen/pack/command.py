@@ -62,6 +62,8 @@ def pack(
       moegen pack Mixtral-8x7B --layer all --out packed/layer{layer}.moepack --target cuda
       moegen pack experts.safetensors --prefix model.layers.3.mlp. --artifact moe-e8-k2-h512
     """
+    from .packing import pack as pack_layer  # here, because it imports what runs layers
+
     if layers is not None and prefix is not None:
         raise click.UsageError("--layer and --prefix both say where the weights are: give one of them.")
     if artifact is not None and model is not None:
