@@ -102,5 +102,5 @@ def _features(candidates: Sequence[Mapping[str, int]]) -> npt.NDArray[np.float64
     names = sorted(candidates[0])
     table = np.array([[candidate[name] for name in names] for candidate in candidates], np.float64)
     wide = table.min(axis=0) * _LOG_FROM <= table.max(axis=0)
-    table[:, wide] = np.log2(table[:, wide])
+    table[:, wide] = np.log2(np.maximum(table[:, wide], 0.5))  # 0, which is never, comes before 1
     return table
