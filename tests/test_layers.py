@@ -39,7 +39,7 @@ ORDER = (
     ("artifact",),
     ("moepack_format",),
     ("moepack",),
-    ("calls", "routing"),
+    ("calls", "first_use", "routing"),
     ("device_arrays",),
     ("device",),
     ("runtime",),
