@@ -151,6 +151,7 @@ def test_a_device_elsewhere(
 
 
 def test_refusals(fleet: Fleet, tmp_path: pathlib.Path) -> None:
+    eventually(lambda: remote.servers(fleet.tracker, WITHOUT))  # the tracker knows it
     for key, reason in (
         (WITHOUT, r"the server 127.0.0.1:\d+ has no CUDA device to measure on \(failed: there is no libcuda.so.1"),
         ("nobody", r"0 free servers under key 'nobody', needed are 1: start `python -m tvm.exec.rpc_server"),

@@ -268,7 +268,7 @@ def test_optimizers_are_noticed(modules, rng, fused):
 def test_all_kinds_of_changes_are_noticed(modules, rng):
     config = CONFIGS["shared"]
     layer = TrainableMoELayer(modules["shared"], given_weights(config, rng))
-    x = torch.randn(7, H)
+    x = torch.randn(64, H)  # of which some visit each expert
     up, router = layer.experts.up.weight, layer.router.weight
 
     def in_inference_mode():
