@@ -43,8 +43,8 @@ _BUILD_SHARE = 0.6  # of the time: what is built should be proven, too
 # The claims of two stages.
 _PROVEN = ("relative_l2", "elementwise", "routing")
 _RUN = ("threads", "callers", "batch", "nan", "empty", "alone", "load", "first_call")
-# Twelve quiet rounds where the machine is quiet enough for that.
-EFFORT = Effort(rounds=36, min_ms=20.0, most_seconds=3.0, patience_seconds=60.0, quiet_rounds=12, quiet_share=QUIET_SHARE)
+# Twenty quiet rounds where the machine is quiet enough for that.
+EFFORT = Effort(rounds=36, min_ms=20.0, most_seconds=3.0, patience_seconds=60.0, quiet_rounds=20, quiet_share=QUIET_SHARE)
 
 
 @dataclasses.dataclass(frozen=True)
