@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
@@ -81,14 +83,44 @@ def play(
         report: is told how many requests have ended, after each.
     """
     run = _Run(server, load, report)
-    interrupted = False
     try:
-        asyncio.run(run.all(warmup))
-    except KeyboardInterrupt:
+        interrupted = asyncio.run(_until_interrupted(run.all(warmup)))
+    except KeyboardInterrupt:  # of the caller's own, or before the loop was told
         interrupted = True
     seconds = run.now() if interrupted else max((o.ended_s for o in run.outcomes if o.ended_s is not None), default=0.0)
     facts = {"usage_reported": run.with_usage, "endpoint": server.endpoint}
     return Played(run.outcomes, seconds, interrupted, facts)
+
+
+async def _until_interrupted(work: Coroutine[Any, Any, None]) -> bool:
+    """Whether an interrupt ended `work`.
+
+    The event loop is told of signals that would raise KeyboardInterrupt: raised wherever the loop happens to be, that leaves tasks
+    behind whose tracebacks are printed.
+    """
+    loop, task, interrupted = asyncio.get_running_loop(), asyncio.ensure_future(work), False
+
+    def stop() -> None:
+        nonlocal interrupted
+        interrupted = True
+        task.cancel()
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread is told
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        loop.add_signal_handler(number, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not interrupted:
+            raise
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+    return interrupted
 
 
 class _Run:

@@ -51,7 +51,8 @@ def _target(target: Mapping[str, Any]) -> Iterator[str]:
         yield f"{target['url']}: {target['model']}, {target['endpoint']}, at most {target['timeout_s']:g} s for a request"
         return
     limits = target["limits"]
-    yield f"{target['name']}: {brief(MoEConfig.from_dict(target['config']))}"
+    what = brief(MoEConfig.from_dict(target["config"]))
+    yield what if what.startswith(target["name"]) else f"{target['name']}: {what}"
     if target["scaled"]:
         yield f"  SCALED DOWN  {changes(target)}: {target['scaled']['why']}"
     yield (
