@@ -74,8 +74,13 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def read_document(path: pathlib.Path) -> dict[str, Any]:
+def read_document(
+    path: pathlib.Path, kind: str = KIND, schema_version: int = SCHEMA_VERSION, command: str = "moegen bench"
+) -> dict[str, Any]:
     """A document from a file.
+
+    Args:
+        kind, schema_version: of the documents that `command` writes.
 
     Raises:
         MeasureError: the file is not one.
@@ -86,11 +91,11 @@ def read_document(path: pathlib.Path) -> dict[str, Any]:
         raise MeasureError(f"cannot read {str(path)!r}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise MeasureError(f"{str(path)!r} is not readable JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise MeasureError(f"{str(path)!r} does not hold results of `moegen bench`")
-    if document.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(document, dict) or document.get("kind") != kind:
+        raise MeasureError(f"{str(path)!r} does not hold results of `{command}`")
+    if document.get("schema_version") != schema_version:
         found = document.get("schema_version")
-        raise MeasureError(f"{str(path)!r} has schema {found}; this moegen reads {SCHEMA_VERSION}: measure again")
+        raise MeasureError(f"{str(path)!r} has schema {found}; this moegen reads {schema_version}: measure again")
     return document
 
 

@@ -32,7 +32,6 @@ ratio_to_moegen
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,6 @@ from typing import Any
 
 from ..bench import results as bench_results
 from ..bench.contenders.roster import OURS
-from ..errors import MeasureError
 from .arrivals import Load
 from .outcomes import FAILED, OK, Played
 from .request import LoadRequest
@@ -188,15 +186,4 @@ def read_document(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         MeasureError: the file is not one.
     """
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise MeasureError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise MeasureError(f"{str(path)!r} is not readable JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise MeasureError(f"{str(path)!r} does not hold results of `moegen serve-bench`")
-    if document.get("schema_version") != SCHEMA_VERSION:
-        found = document.get("schema_version")
-        raise MeasureError(f"{str(path)!r} has schema {found}; this moegen reads {SCHEMA_VERSION}: measure again")
-    return document
+    return bench_results.read_document(path, KIND, SCHEMA_VERSION, "moegen serve-bench")

@@ -7,6 +7,7 @@ the two kinds.
 
 from __future__ import annotations
 
+import abc
 import os
 import pathlib
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ Array = npt.NDArray[Any]
 DEFAULT, _CANDIDATE = "default.so", "candidate.so"  # their names on the server; the helper knows them
 
 
-class Guest:
+class Guest(abc.ABC):
     """A guest for candidates for one default.
 
     Args:
@@ -51,16 +52,16 @@ class Guest:
         self._packed: dict[str, Stamp] = {}
         self._batches: dict[tuple[pathlib.Path, int], tuple[Stamp, Any]] = {}
 
+    @abc.abstractmethod
     def room(self, packed_bytes: int, copies: int) -> list[Any]:
         """Memory for the copies of the weights; within an exchange."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def packer(self) -> Packer:
         """What packs weights into the first of them."""
-        raise NotImplementedError
 
-    def packed(self) -> None:
-        """Makes the other copies like the first one."""
+    def packed(self) -> None:  # noqa: B027 - a device's children copy the first one themselves
+        """Makes the other copies like the first one, where the server holds them."""
 
     def patience(self, limit: float) -> float:
         """Seconds after which a child is killed whose work should be done after `limit`."""
