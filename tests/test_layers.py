@@ -76,7 +76,7 @@ ORDER = (
 INSIDE = {
     "validation": (
         ("layers", "intervals", "limits", "environment", "claims"),
-        ("others",),
+        ("scope", "others"),
         ("proofs", "fresh", "speed", "pictures", "printing"),
         ("page",),
         ("run",),
@@ -258,7 +258,7 @@ FOREIGN_ONLY_IN = {
     "torch": {"bench.contenders.onednn_layer", "bench.contenders.torch_layer"}
     | {f"field.{name}" for name in ("capture", "ceilings", "fused_experts", "hf_experts", "material", "measure")}
     | {f"field.{name}" for name in ("torch_experts", "truth", "worker")}
-    | {f"torch.{name}" for name in ("bound", "gradients", "layer", "opening", "ops", "trainable", "trained")}
+    | {f"torch.{name}" for name in ("__init__", "bound", "gradients", "layer", "opening", "ops", "trainable", "trained")}
     | {
         f"transformers.{name}"
         for name in ("__init__", "experts", "gating", "implementation", "operators", "packed", "released", "speed")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from helpers import run_python
 
 import moegen
 from moegen.reference import moe, random_weights
@@ -134,3 +135,9 @@ def test_command_line_does_not_import_the_compiler(tmp_path: pathlib.Path) -> No
     assert "click" in modules
     assert modules.isdisjoint((*COMPILER, "torch", "tvm_ffi", "moegen.builder", "moegen.tune.session"))
     assert modules.isdisjoint(("matplotlib", "PIL", "onnx", "onnxruntime", "moegen.report.page", "moegen.bench.run"))
+
+
+@pytest.mark.parametrize("code", ["import moegen.torch", "from moegen.distributed import ExpertParallel"])
+def test_what_needs_torch_says_so(code: str) -> None:
+    done = run_python(f"import sys; sys.modules['torch'] = None; {code}")
+    assert done.stderr.splitlines()[-1].endswith("needs torch, which is not installed: pip install 'moegen[torch]'")

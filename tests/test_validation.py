@@ -16,7 +16,7 @@ from typing import Any
 import click.testing
 import numpy as np
 import pytest
-from helpers import SMALL
+from helpers import SMALL, run_python
 
 import moegen
 from moegen import arrays, runtime, verification
@@ -222,7 +222,7 @@ def test_new_processes_have_no_compiler(built: Built, tmp_path: pathlib.Path) ->
 @pytest.mark.usefixtures("only_numpy")
 def test_a_validation_from_the_command_line(scope: Scope, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(run, "quick", lambda minutes, seed: scope)
+    monkeypatch.setattr("moegen.validation.scope.quick", lambda minutes, seed: scope)
     monkeypatch.setattr(claims, "FIRST_CALL_SECONDS", 60.0)
     monkeypatch.setattr(claims, "LOAD_SECONDS", 60.0)
     monkeypatch.setattr(claims, "LEAST_OF_ROOFLINE", 0.0)
@@ -300,4 +300,10 @@ def test_what_there_is_no_time_for_is_named(scope: Scope, tmp_path: pathlib.Path
 def test_all_thresholds_can_be_read_without_measuring() -> None:
     done = click.testing.CliRunner().invoke(main, ["validate", "--claims"])
     assert done.exit_code == 0
+    assert "faster than torch's best at T=256" in done.stdout
+
+
+def test_claims_are_listed_where_nothing_can_be_drawn() -> None:
+    done = run_python("import sys; sys.modules['matplotlib'] = None; from moegen.cli import main; main(['validate', '--claims'])")
+    assert done.returncode == 0, done.stderr
     assert "faster than torch's best at T=256" in done.stdout

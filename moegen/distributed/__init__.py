@@ -21,6 +21,13 @@ __all__ = ["ExpertParallel", "Placement", "local_configs"]
 def __getattr__(name: str) -> Any:
     if name != "ExpertParallel":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .parallel import ExpertParallel
+    try:
+        from .parallel import ExpertParallel
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            "moegen.distributed.ExpertParallel needs torch, which is not installed: pip install 'moegen[torch]'", name="torch"
+        ) from None
 
     return ExpertParallel

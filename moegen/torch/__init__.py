@@ -7,6 +7,13 @@ y = layer.experts(x, ids, weights)
 
 from __future__ import annotations
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"moegen.torch needs {missing.name}, which is not installed: pip install 'moegen[torch]'", name=missing.name
+    ) from None
+
 from .bound import BoundLayer, Routing, bound, experts, forward, route
 from .layer import MoELayer
 from .trainable import TrainableMoELayer

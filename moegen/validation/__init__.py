@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .run import Progress, Scope, validate
+    from .run import Progress, validate
+    from .scope import Scope
 
 __all__ = ["Progress", "Scope", "validate"]
 
@@ -21,6 +22,6 @@ def __getattr__(name: str) -> Any:
     """Imported when first used: the command line imports this package whatever it is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import run
+    from . import run, scope
 
-    return getattr(run, name)
+    return getattr(scope if name == "Scope" else run, name)

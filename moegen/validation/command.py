@@ -18,7 +18,8 @@ from ..errors import TargetError
 from ..options import named_artifact
 
 if TYPE_CHECKING:
-    from .run import Progress, Scope
+    from .run import Progress
+    from .scope import Scope
 
 
 @click.command()
@@ -49,13 +50,15 @@ def validate(
       moegen validate --minutes 2
       moegen validate moe-e8-k2-h512
     """
-    from . import claims, page, printing, run
+    from . import claims  # here, because other commands import this module too
 
     scope = _scope(which, minutes, seed, is_quick)
     if listing:
         rows = [(c.layer, c.says, c.threshold) for c in claims.claims(scope.subjects, scope.tokens)]
         click.echo(table(("layer", "claim", "threshold"), rows))
         return
+    from . import page, printing, run  # which draw
+
     folder = out if out is not None else pathlib.Path(tempfile.mkdtemp(prefix="moegen-validation-"))
     document = run.validate(scope, folder, _shown())
     click.echo(as_json_text(document) if as_json else "\n".join(printing.summary_lines(document, str(folder / page.PAGE))))
@@ -66,9 +69,9 @@ def validate(
 
 
 def _scope(which: tuple[str, ...], minutes: float, seed: int | None, is_quick: bool) -> Scope:
-    from . import run
+    from . import scope as scopes
 
-    scope = run.quick(minutes, seed) if is_quick else run.Scope(minutes, seed=seed)
+    scope = scopes.quick(minutes, seed) if is_quick else scopes.Scope(minutes, seed=seed)
     if not which:
         return scope
     subjects: dict[str, Subject] = {}
