@@ -36,6 +36,7 @@ from .display import (
     table,
 )
 from .errors import MoegenError
+from .interrupts import Interrupts
 from .moepack import is_moepack
 from .options import layer_options, named_artifact, out_option, skipped_line, take_given, wanted_layers
 from .pack.command import inspect_packed, pack, verify_packed
@@ -53,39 +54,11 @@ if TYPE_CHECKING:
 TRACEBACK = "MOEGEN_TRACEBACK"
 
 
-class _Interrupts:
-    """Notices Ctrl-C even where the compiler turns the KeyboardInterrupt into an error of its own; kill and hang-up likewise."""
-
-    def __init__(self) -> None:
-        self.noticed = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._notice)
-        return self
-
-    def _notice(self, number: int, frame: Any) -> NoReturn:
-        self.noticed = number
-        raise KeyboardInterrupt
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raises the KeyboardInterrupt that was lost."""
-        if self.noticed:
-            raise KeyboardInterrupt
-
-
 class _Commands(click.Group):
     """Commands whose every failure is one sentence on stderr and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _Interrupts() as ctx.obj:
+        with Interrupts() as ctx.obj:
             try:
                 return super().invoke(ctx)
             except BaseException as error:

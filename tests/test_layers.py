@@ -13,7 +13,7 @@ PACKAGE = ROOT / "moegen"
 
 # A module imports only from those above it. Modules on one line do not import one another.
 ORDER = (
-    ("errors",),
+    ("errors", "interrupts"),
     ("version",),
     ("paths",),
     ("sources",),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ... import interrupts
 from ...paths import PACKAGE
 from .family import Settings
 from .roster import FAMILIES
@@ -43,13 +44,23 @@ class Process:
     def __init__(self, family: str, settings: Settings, patience_seconds: float) -> None:
         self.patience_seconds = patience_seconds
         self._log = settings.folder / f"worker-{family}.log"
+        self._unread = b""
+        with contextlib.ExitStack() as undo:
+            with interrupts.waiting():
+                self._process = self._started(family, settings)
+                undo.callback(self.close)
+            self.hello = self._reply(max(patience_seconds, _LEAST_START_SECONDS))
+            self.signal(signal.SIGSTOP)
+            undo.pop_all()
+
+    def _started(self, family: str, settings: Settings) -> subprocess.Popen[bytes]:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         told = json.dumps({"folder": str(settings.folder), "threads": settings.threads, "artifact": settings.artifact})
         command = [sys.executable, "-m", self.worker, FAMILIES[family].module, told, str(requests), str(replies)]
         try:
             with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
+                return subprocess.Popen(
                     command,
                     pass_fds=(requests, replies),
                     stdin=subprocess.DEVNULL,
@@ -61,13 +72,6 @@ class Process:
         finally:
             os.close(requests)
             os.close(replies)
-        self._unread = b""
-        try:
-            self.hello = self._reply(max(patience_seconds, _LEAST_START_SECONDS))
-        except BaseException:
-            self.close()
-            raise
-        self.signal(signal.SIGSTOP)
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
         """Wakes the worker, asks, and stops it again.
