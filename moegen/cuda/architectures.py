@@ -52,6 +52,10 @@ class Architecture:
         """Shared memory of one block; beyond 48 KiB it has to be dynamic and asked for."""
         return self.shared_bytes_per_sm - RESERVED_SHARED_BYTES
 
+    def blocks(self, shared_bytes: int) -> int:
+        """Thread blocks with so much shared memory that a multiprocessor holds at once."""
+        return min(self.max_blocks_per_sm, self.shared_bytes_per_sm // (shared_bytes + RESERVED_SHARED_BYTES))
+
     @property
     def specific(self) -> bool:
         """Whether code runs on this very compute capability only (`sm_90a`)."""

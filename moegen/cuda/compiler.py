@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .. import compiler as llvm_compiler
-from ..cuda_geometry import COPY_BYTES, CudaGeometry
+from ..cuda_geometry import COPY_BYTES, CudaGeometry, Product
 from ..errors import BuildError, ScheduleError, without_compiler
 from ..geometry import ITEM_BYTES
 from ..paths import package_folder
@@ -79,6 +79,10 @@ def lower(
     types = _types(source)
     made = {name: _stage(name, functions[name], seen, types) for name in functions}
     source, made = _joined(source, made, geometry)
+    for name in (name for name in made if stage_of(name) != name):
+        tile, product = _tile(name, geometry, knobs, most_shared_bytes)
+        by_memory = max(one.blocks(tile.shared_bytes(product.parts, geometry.item_bytes)) for one in architectures)
+        source = joining.with_blocks(source, made[name].kernels[0], min(by_memory, tile.blocks(product.parts)))
     prelude = (package_folder("templates") / "cuda" / "device.cuh").read_text(encoding="utf-8")
     return Program(_with_prelude(source, prelude), made)
 
@@ -105,8 +109,7 @@ def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any]
     stage = stage_of(name)
     item_bytes = geometry.item_bytes
     if stage != name:
-        product = geometry.products[stage]
-        tile = knobs.get(name) or schedules.tiling.default(int(name.rpartition("_")[2]), product, item_bytes, most_shared_bytes)
+        tile, product = _tile(name, geometry, knobs, most_shared_bytes)
         schedules.tiling.check(tile, product, item_bytes, most_shared_bytes)
         return schedules.product.apply(sch, name, product, tile, item_bytes, tf32 and stage != "router")  # whose near ties decide
     if name in ("router_few", "route_logits"):
@@ -123,6 +126,14 @@ def _apply(sch: Any, name: str, geometry: CudaGeometry, knobs: Mapping[str, Any]
     if name in ("pad", "combine", "combine_routed"):
         return schedules.elementwise.apply(sch, name)
     raise ScheduleError(f"there is no CUDA schedule for stage {name!r}")
+
+
+def _tile(
+    name: str, geometry: CudaGeometry, knobs: Mapping[str, Any], most_shared_bytes: int
+) -> tuple[schedules.tiling.Tile, Product]:
+    """What a tile kernel is cut into, and the product that it is of."""
+    product, rows = geometry.products[stage_of(name)], int(name.rpartition("_")[2])
+    return knobs.get(name) or schedules.tiling.default(rows, product, geometry.item_bytes, most_shared_bytes), product
 
 
 def _joined(source: str, stages: Mapping[str, Stage], geometry: CudaGeometry) -> tuple[str, dict[str, Stage]]:

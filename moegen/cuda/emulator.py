@@ -143,6 +143,12 @@ class Emulated:
         if self._library.moegen_emulator_launch(ctypes.byref(request), message, _MESSAGE_BYTES, ctypes.byref(fault)):
             raise EmulationError(message.value.decode(errors="replace") + _nearest(fault.value, args))
 
+    def bank_conflicts(self) -> int:
+        """Rows that `ldmatrix` and `stmatrix` took later than others, whose banks they share, since this was last asked."""
+        count = self._library.moegen_emulator_conflicts
+        count.restype = ctypes.c_int64
+        return int(count())
+
     def tensor_map(self, array: np.ndarray[Any, np.dtype[Any]], box: Sequence[int], swizzle_bytes: int = 0) -> bytes:
         """A `CUtensorMap` argument, as cuTensorMapEncodeTiled makes it.
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import tvm_ffi
-from tvm import tirx
-from tvm.ir import Range
+from tvm import sym, tirx
+from tvm.ir import Range, TensorLoad
 from tvm.s_tir import MatchBufferRegion, SBlock, SBlockRealize
 
-from ..schedules.cuda.rewrites import LeaveEarly, Multiply, Rewrite, ScatterRows
+from ..schedules.cuda.rewrites import LeaveEarly, Multiply, Rewrite, ScatterRows, Swizzle
+
+_EIGHT_ROWS = 8
 
 
 def rewrite(function: Any, wishes: Iterable[Rewrite]) -> Any:
@@ -19,6 +21,8 @@ def rewrite(function: Any, wishes: Iterable[Rewrite]) -> Any:
         match wish:
             case Multiply():
                 function = _multiply(function, wish)
+            case Swizzle():
+                function = _swizzle(function, wish)
             case ScatterRows():
                 function = _scatter_rows(function)
             case LeaveEarly():
@@ -96,6 +100,42 @@ def _substituted(node: Any, values: list[tuple[Any, Any]]) -> Any:
         return next((value for known, value in values if var.same_as(known)), var)
 
     return tvm_ffi.structural_map(node, (tirx.Var, replace))
+
+
+def _swizzle(function: Any, wish: Swizzle) -> Any:
+    """The chunk of global memory is another one; where it is put stays the same, which TVM's analysis of regions understands."""
+    same = _EIGHT_ROWS * wish.chunk // wish.terms  # rows that share a swizzle: together they are as wide as the banks
+
+    def visit(block: Any) -> Any:
+        if block.name_hint != wish.block:
+            return block
+        known = sym.Analyzer()
+        for axis in block.iter_vars:
+            known.bind(axis.var, axis.dom)
+        store = block.body
+        indices = [known.simplify(index) for index in store.indices]
+        row, term = _row_of_eight(store.buffer.shape, indices), indices[-1]
+        inside = term % wish.terms
+        other = term - inside + (inside // wish.chunk ^ row // same) * wish.chunk + inside % wish.chunk
+
+        def load(old: Any) -> Any:
+            return tirx.BufferLoad(old.source, [*old.indices[:-1], other]) if old.indices[-1].same_as(term) else old
+
+        made = tirx.BufferStore(store.buffer, tvm_ffi.structural_map(store.value, (TensorLoad, load)), indices)
+        fields = (block.init, block.alloc_buffers, block.match_buffers, block.annotations)
+        return SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, made, *fields)
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (SBlock, visit)))
+
+
+def _row_of_eight(shape: Any, indices: list[Any]) -> Any:
+    """The row, out of eight, by the last dimensions before that of the terms."""
+    row, rows = _i64(0), 1
+    for index, extent in reversed(list(zip(indices, shape, strict=True))[:-1]):
+        row, rows = row + index * rows, rows * int(extent)
+        if rows >= _EIGHT_ROWS:
+            break
+    return row % _EIGHT_ROWS
 
 
 def _scatter_rows(function: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from moegen.cuda_geometry import Product
 from moegen.errors import ScheduleError
 
-from .rewrites import LeaveEarly, Multiply, Rewrite, ScatterRows
+from .rewrites import LeaveEarly, Multiply, Rewrite, ScatterRows, Swizzle
 from .tiling import Tile
 
 COPY_BYTES = 16
@@ -51,9 +51,9 @@ def apply(sch: Any, name: str, product: Product, tile: Tile, item_bytes: int, tf
     sch.reorder(step, *sums[:-1], term)
     for source, permuted in (("rows", _rows_of_fragments(tile)), ("columns", _columns_of_fragments(tile))):
         copy = sch.get_sblock(source, name)
-        _copy(sch, copy, step, tile, COPY_BYTES // item_bytes)
         sch.transform_layout(copy, ("write", 0), permuted)
-        sch.storage_align(copy, 0, axis=-2, factor=tile.terms, offset=COPY_BYTES // item_bytes)
+        sch.transform_block_layout(copy, permuted)
+        _copy(sch, copy, step, tile, COPY_BYTES // item_bytes)
     start = sch.decompose_reduction(total, step)
     for loop in sch.get_loops(start)[4:]:
         sch.unroll(loop)
@@ -69,7 +69,8 @@ def apply(sch: Any, name: str, product: Product, tile: Tile, item_bytes: int, tf
         sch.annotate(step, "software_pipeline_order", [0, 1, 2])
         sch.annotate(step, "software_pipeline_async_stages", [0])
     outer = sch.blockize(sums[1])
-    wishes: list[Rewrite] = [Multiply(str(sch.get(outer).name_hint), _function(product, tile, item_bytes, tf32), tile.column_warps)]
+    wishes: list[Rewrite] = [Multiply(str(sch.get(outer).name_hint), _function(product, tile, tf32), tile.column_warps)]
+    wishes += [Swizzle(copy, tile.terms, COPY_BYTES // item_bytes) for copy in ("rows", "columns")]
     parameters = {p.name for p in sch.mod[name].params}
     if "slot" in parameters:
         wishes.append(ScatterRows())
@@ -78,13 +79,12 @@ def apply(sch: Any, name: str, product: Product, tile: Tile, item_bytes: int, tf
     return wishes
 
 
-def _function(product: Product, tile: Tile, item_bytes: int, tf32: bool) -> str:
-    """The device function with its sizes: a warp's fragments of 16 rows and of 8 columns, parts, warps across, terms, stride."""
+def _function(product: Product, tile: Tile, tf32: bool) -> str:
+    """The device function with its sizes: a warp's fragments of 16 rows and of 8 columns, parts, warps across, terms."""
     function = FUNCTIONS.get((product.dtype, tf32))
     if function is None:
         raise ScheduleError(f"tf32 is for float32 layers, not {product.dtype}")
-    stride = tile.terms + COPY_BYTES // item_bytes
-    sizes = (tile.thread_rows // 2, tile.thread_columns // 2, product.parts, tile.column_warps, tile.terms, stride)
+    sizes = (tile.thread_rows // 2, tile.thread_columns // 2, product.parts, tile.column_warps, tile.terms)
     return f"{function}<{', '.join(map(str, sizes))}>"
 
 
@@ -92,7 +92,9 @@ def _copy(sch: Any, block: Any, step: Any, tile: Tile, together: int) -> None:
     """Neighbouring threads copy neighbouring 16 bytes."""
     sch.set_scope(block, 0, "shared.dyn")
     sch.compute_at(block, step, preserve_unit_loops=True)
-    _, warp, lane, vector = sch.split(sch.fuse(*sch.get_loops(block)[5:]), [None, tile.warps, 32, together])
+    *outer, terms = sch.get_loops(block)[5:]
+    chunks, vector = sch.split(terms, [None, together])
+    _, warp, lane = sch.split(sch.fuse(*outer, chunks), [None, tile.warps, 32])
     sch.bind(warp, "threadIdx.y")
     sch.bind(lane, "threadIdx.x")
     sch.vectorize(vector)

@@ -25,6 +25,24 @@ class Multiply:
 
 
 @dataclasses.dataclass(frozen=True)
+class Swizzle:
+    """In a block that copies rows to shared memory, eight after one another: the places of a row's chunks are swizzled.
+
+    A thread copies to where it would copy without it, but another chunk of the same row: a warp reads the same bytes.
+    `moegen::Swizzled` in `device.cuh` says where a chunk is.
+
+    Args:
+        block: name of the copy, whose last dimension in shared memory are the terms, the ones before it the row out of eight.
+        terms: of a row in one stage.
+        chunk: terms in 16 bytes.
+    """
+
+    block: str
+    terms: int
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ScatterRows:
     """Instead of storing to `output` [B, M, n]: y[slot[b, m], n] of as many rows as there are choices, unless the slot is -1."""
 
@@ -40,4 +58,4 @@ class LeaveEarly:
     loop: Any
 
 
-Rewrite = Multiply | ScatterRows | LeaveEarly
+Rewrite = Multiply | Swizzle | ScatterRows | LeaveEarly

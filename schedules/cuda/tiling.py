@@ -13,7 +13,7 @@ from moegen.errors import ScheduleError
 
 ROWS = (16, 64, 128)  # of the row blocks that there are tile kernels for
 MOST_SUMS = 128  # of one thread: half of its registers
-OTHER_REGISTERS = 64  # of one thread, about: fragments, addresses and what the epilogue needs
+OTHER_REGISTERS = 96  # of one thread: fragments, addresses and what the epilogue needs; with 64 the compiler spills some
 MOST_REGISTERS, BLOCK_REGISTERS = 255, 65536  # of one thread, and of all threads of a block together
 MOST_COPIES = 16  # of 16 bytes that one thread begins for a stage: they are unrolled
 FEW_LANES_BYTES = 128  # of one row of weights that neighbouring threads read together
@@ -53,6 +53,10 @@ class Tile:
         """Registers that a thread may have: more would not fit into a multiprocessor."""
         return min(MOST_REGISTERS, BLOCK_REGISTERS // self.threads)
 
+    def blocks(self, parts: int) -> int:
+        """Thread blocks that the registers of a multiprocessor are enough for."""
+        return max(1, BLOCK_REGISTERS // (self.threads * (self.sums(parts) + OTHER_REGISTERS)))
+
     @property
     def thread_rows(self) -> int:
         """Rows of one thread, which are neighbours: two of each fragment of 16."""
@@ -63,9 +67,13 @@ class Tile:
         """Columns of one thread in each part, which are neighbours: two of each fragment of 8."""
         return self.columns // self.column_warps // 4
 
+    def sums(self, parts: int) -> int:
+        """Sums of one thread."""
+        return self.thread_rows * self.thread_columns * parts
+
     def shared_bytes(self, parts: int, item_bytes: int) -> int:
         """Shared memory of a thread block."""
-        return self.stages * (self.rows + parts * self.columns) * (self.terms * item_bytes + 16)
+        return self.stages * (self.rows + parts * self.columns) * self.terms * item_bytes
 
 
 def default(rows: int, product: Product, item_bytes: int, most_shared_bytes: int) -> Tile:
@@ -103,8 +111,7 @@ def check(tile: Tile, product: Product, item_bytes: int, most_shared_bytes: int)
         raise ScheduleError(f"row_warps * column_warps = {tile.warps} must be between 1 and 16")
     if product.parts * tile.columns // tile.column_warps // 8 % 2:
         raise ScheduleError(f"columns={tile.columns} must give each warp an even number of fragments of 8 columns")
-    sums = tile.thread_rows * tile.thread_columns * product.parts
-    if sums > MOST_SUMS:
+    if (sums := tile.sums(product.parts)) > MOST_SUMS:
         raise ScheduleError(f"a thread would have {sums} sums, more than {MOST_SUMS}: more warps or a smaller tile")
     for name, values in (("rows", tile.rows), ("columns", product.parts * tile.columns)):
         if values * tile.terms * item_bytes % (16 * tile.threads):
@@ -127,6 +134,5 @@ def _worth_trying(tile: Tile, product: Product, item_bytes: int, most_shared_byt
         check(tile, product, item_bytes, most_shared_bytes)
     except ScheduleError:
         return False
-    sums = tile.thread_rows * tile.thread_columns * product.parts
     copies = (tile.rows + product.parts * tile.columns) * tile.terms * item_bytes // (16 * tile.threads)
-    return sums + OTHER_REGISTERS <= tile.registers and copies <= MOST_COPIES
+    return tile.sums(product.parts) + OTHER_REGISTERS <= tile.registers and copies <= MOST_COPIES

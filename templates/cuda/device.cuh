@@ -2,8 +2,8 @@
 //
 // A thread's sums are sums[row][part][column] of `2 * kRowTiles` rows and `2 * kColumnTiles` columns that are neighbours. Of fragment i of 16
 // rows it has rows 2i and 2i + 1, of fragment j of 8 columns the columns 2j and 2j + 1 (PTX ISA, m16n8k16: lane / 4 is the row of a
-// fragment's halves, lane % 4 the pair of columns). In shared memory the rows of a fragment lie one after another, `kStride` elements
-// apart: 16 bytes more than a stage's terms, so that the eight rows which `ldmatrix` reads at once lie in different banks.
+// fragment's halves, lane % 4 the pair of columns). In shared memory the rows of a fragment lie one after another, and of 16 bytes of a row
+// the place is swizzled by the row, so that the eight rows which are read at once lie in different banks: 128 bytes are all of them.
 
 #define moegen_leave_if(condition) if (condition) return
 
@@ -18,6 +18,13 @@ __device__ __forceinline__ void LoadMatrices(unsigned (&to)[4], unsigned address
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address));
+}
+
+// Where the 16 bytes `chunk` of a row are that is `row` of eight, in bytes from where the row begins.
+template <int kRowBytes>
+__device__ __forceinline__ int Swizzled(int row, int chunk) {
+  static_assert(kRowBytes == 64 || kRowBytes == 128, "as many rows as share the banks have the same swizzle");
+  return (chunk ^ row / (128 / kRowBytes)) * 16;
 }
 
 struct Bfloat16 {
@@ -56,29 +63,29 @@ struct Tf32 {
 };
 
 // One stage of a warp's tile; `rows` and `columns` are the thread block's.
-template <typename Type, int kRowTiles, int kColumnTiles, int kParts, int kColumnWarps, int kTerms, int kStride, typename Element>
+template <typename Type, int kRowTiles, int kColumnTiles, int kParts, int kColumnWarps, int kTerms, typename Element>
 __device__ __forceinline__ void MultiplyStage(float* sums, const Element* rows, const Element* columns) {
   static_assert(sizeof(Element) == Type::kBytes, "rows of another type");
   constexpr int kFragments = kParts * kColumnTiles;  // of 8 columns
   static_assert(kFragments % 2 == 0, "ldmatrix reads two fragments of columns");
-  constexpr int kPartStride = kColumnWarps * kColumnTiles * 8 * kStride;
+  constexpr int kRowBytes = kTerms * Type::kBytes, kPartBytes = kColumnWarps * kColumnTiles * 8 * kRowBytes;
   const int lane = threadIdx.x, row = lane % 8, matrix = lane / 8, warp = threadIdx.y;
-  const unsigned first_row = SharedOffset(rows + warp / kColumnWarps * kRowTiles * 16 * kStride);
-  const unsigned first_column = SharedOffset(columns + warp % kColumnWarps * kColumnTiles * 8 * kStride);
   // Of the four matrices of 16 rows the second has the lower rows, the last two the next 16 bytes of terms.
-  const unsigned row_at = first_row + ((matrix % 2 * 8 + row) * kStride) * Type::kBytes + matrix / 2 * 16;
+  const unsigned row_at = SharedOffset(rows) + (warp / kColumnWarps * kRowTiles * 16 + matrix % 2 * 8 + row) * kRowBytes;
+  const unsigned column_at = SharedOffset(columns) + (warp % kColumnWarps * kColumnTiles * 8 + row) * kRowBytes;
 #pragma unroll
-  for (int k = 0; k < kTerms * Type::kBytes; k += 32) {
+  for (int chunk = 0; chunk < kRowBytes / 16; chunk += 2) {
+    const unsigned row_chunk = row_at + Swizzled<kRowBytes>(row, chunk + matrix / 2);
+    const unsigned column_chunk = column_at + Swizzled<kRowBytes>(row, chunk + matrix % 2);
     unsigned a[kRowTiles][4];
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) LoadMatrices(a[i], row_at + i * 16 * kStride * Type::kBytes + k);
+    for (int i = 0; i < kRowTiles; ++i) LoadMatrices(a[i], row_chunk + i * 16 * kRowBytes);
 #pragma unroll
     for (int f = 0; f < kFragments; f += 2) {
       // Fragments f and f + 1, of each the first and then the next 16 bytes of terms.
       const int mine = f + matrix / 2;
-      const unsigned column_at = mine / kColumnTiles * kPartStride + mine % kColumnTiles * 8 * kStride + row * kStride;
       unsigned b[4];
-      LoadMatrices(b, first_column + column_at * Type::kBytes + matrix % 2 * 16 + k);
+      LoadMatrices(b, column_chunk + mine / kColumnTiles * kPartBytes + mine % kColumnTiles * 8 * kRowBytes);
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
         const int part = (f + g) / kColumnTiles, tile = (f + g) % kColumnTiles;
@@ -93,23 +100,27 @@ __device__ __forceinline__ void MultiplyStage(float* sums, const Element* rows, 
   }
 }
 
+__device__ __forceinline__ float4 FourAt(const float* row, int bytes) {
+  return *reinterpret_cast<const float4*>(reinterpret_cast<const char*>(row) + bytes);
+}
+
 // The same in float32: each thread its own rows and columns, four terms at a time.
-template <int kRowTiles, int kColumnTiles, int kParts, int kColumnWarps, int kTerms, int kStride>
+template <int kRowTiles, int kColumnTiles, int kParts, int kColumnWarps, int kTerms>
 __device__ __forceinline__ void MultiplyExactly(float* sums, const float* rows, const float* columns) {
-  constexpr int kRows = 2 * kRowTiles, kColumns = 2 * kColumnTiles, kPartStride = kColumnWarps * kColumnTiles * 8 * kStride;
-  const int lane = threadIdx.x, warp = threadIdx.y;
-  rows += (warp / kColumnWarps * kRowTiles * 16 + lane / 4) * kStride;
-  columns += (warp % kColumnWarps * kColumnTiles * 8 + lane % 4 * 2) * kStride;
+  constexpr int kRows = 2 * kRowTiles, kColumns = 2 * kColumnTiles, kPart = kColumnWarps * kColumnTiles * 8 * kTerms;
+  const int lane = threadIdx.x, warp = threadIdx.y, row = lane / 4, column = lane % 4 * 2;
+  rows += (warp / kColumnWarps * kRowTiles * 16 + row) * kTerms;
+  columns += (warp % kColumnWarps * kColumnTiles * 8 + column) * kTerms;
 #pragma unroll 2
-  for (int k = 0; k < kTerms; k += 4) {
+  for (int chunk = 0; chunk < kTerms / 4; ++chunk) {
     float4 a[kRows];
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) a[m] = *reinterpret_cast<const float4*>(rows + m * 8 * kStride + k);
+    for (int m = 0; m < kRows; ++m) a[m] = FourAt(rows + m * 8 * kTerms, Swizzled<kTerms * 4>(row, chunk));
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        const float4 b = *reinterpret_cast<const float4*>(columns + part * kPartStride + (n / 2 * 8 + n % 2) * kStride + k);
+        const float4 b = FourAt(columns + part * kPart + (n / 2 * 8 + n % 2) * kTerms, Swizzled<kTerms * 4>(column + n % 2, chunk));
 #pragma unroll
         for (int m = 0; m < kRows; ++m) {
           float& sum = sums[(m * kParts + part) * kColumns + n];

@@ -3,9 +3,11 @@
 // Fragments are laid out as the PTX manual has them: lane = 4 * group + thread. Sums are fused multiply-adds in float32, by
 // ascending k, beginning with the accumulator. The device adds the products of a step more exactly and cuts the result off rather
 // than rounding it, so that its last bits differ, by architecture as well.
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
+#include "launch.h"
 #include "ptx.h"
 
 namespace emulator::ptx {
@@ -14,6 +16,15 @@ namespace {
 constexpr unsigned kRows = 16, kColumns = 8, kMaxDepth = 16;
 
 // ---------------------------------------------------------------- ldmatrix, stmatrix
+
+// Rows of 16 bytes in banks that another of the eight has taken: the device reads or writes them later, one set of eight banks a time.
+std::atomic<int64_t> conflicts{0};
+
+void CountConflicts(char* const* rows) {
+  unsigned taken = 0;
+  for (unsigned row = 0; row < 8; ++row) taken |= 1u << reinterpret_cast<uintptr_t>(rows[row]) / 16 % 8;
+  conflicts.fetch_add(8 - __builtin_popcount(taken), std::memory_order_relaxed);
+}
 
 struct MatrixAccess {
   uint32_t address;
@@ -29,6 +40,7 @@ void PerformMatrix(void* const* operands, uint32_t) {
     for (unsigned row = 0; row < 8; ++row) {
       rows[row] = SharedPointer(lanes[matrix * 8 + row]->address, 16, 16, store ? "stmatrix" : "ldmatrix");
     }
+    CountConflicts(rows);
     for (unsigned lane = 0; lane < kWarp; ++lane) {
       uint32_t& mine = lanes[lane]->registers[matrix];
       const unsigned row = lane / 4, column = lane % 4 * 2;
@@ -143,3 +155,5 @@ void Multiply(Element element, unsigned depth, const uint32_t* a, const uint32_t
 }
 
 }  // namespace emulator::ptx
+
+extern "C" MOEGEN_EXPORT int64_t moegen_emulator_conflicts() { return emulator::ptx::conflicts.exchange(0); }
