@@ -158,9 +158,11 @@ def test_torch_contenders(tmp_path: pathlib.Path, name: str) -> None:
     eager = TorchLayer(Settings(tmp_path, 2, ""))
     eager.calls.pop("torch-compiled")  # minutes for all of these layers; the benchmark's own test compiles one
     errors = errors_of(eager, tmp_path, 20)
-    if config.dtype != "float16":  # not every processor has oneDNN's
-        errors |= errors_of(OnednnLayer(Settings(tmp_path, 2, "")), tmp_path, 20)
+    packed = OnednnLayer(Settings(tmp_path, 2, ""))
+    errors |= errors_of(packed, tmp_path, 20)
     assert {"torch-loop", "torch-grouped"} <= set(errors)
+    assert ("torch-onednn" in errors) != ("torch-onednn" in packed.obstacles)
+    assert "torch-onednn" in errors or config.dtype != "float32", packed.obstacles  # not every processor has oneDNN's 16 bits
     assert max(errors.values()) < BOUNDS[config.dtype], errors
 
 
