@@ -8,6 +8,7 @@ what it cannot prove is NVIDIA's compiler and hardware.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 from .. import verification
 from ..artifact import Artifact
 from ..config import MoEConfig
+from ..cuda_geometry import CudaGeometry
 from ..errors import BuildError, EmulationError
 from ..paths import PACKAGE
 from ..schedules.cuda.hopper import ARCHITECTURE
@@ -27,6 +29,7 @@ from .device_count import devices
 
 EMULATED_MULTIPLY_ADDS = 1.5e9  # of a whole proof: some ten seconds
 EMULATED_BLOCKS_MULTIPLY_ADDS = 12e9  # of one more case
+EMULATED_COMPARISON = 64  # multiply-adds that take as long as one of the comparisons by which a token's experts are chosen
 TOKENS = (0, 1, 2, 17)
 BLOCK_TOKENS = 17
 MOST_PACKED_BYTES = 4 << 30
@@ -54,12 +57,16 @@ def emulated_cases(config: MoEConfig, regimes: Sequence[Mapping[str, Any]] = ())
     Args:
         regimes: heights of row blocks, as the manifest has them: of each, the fewest tokens that it is for.
     """
-    per_row = config.hidden * config.intermediate * (3 if config.gated else 2)
+    geometry = CudaGeometry(config)
+    padded = {name: math.prod(product.shape[1:]) for name, product in geometry.products.items()}
+    per_row = padded["up"] + padded["down"]
+    per_token = padded["router"] + padded.get("shared_up", 0) + padded.get("shared_down", 0)
+    per_token += EMULATED_COMPARISON * config.top_k * config.experts
     left, taken = EMULATED_MULTIPLY_ADDS / len(verification.ROUTINGS) / 2, []
     highest = [regime["rows_up_to"] * config.experts // config.top_k + 1 for regime in regimes if regime["rows_up_to"] is not None]
     for tokens in sorted({*TOKENS, *highest}):
         rows = tokens * config.top_k if tokens <= 2 else tokens * config.top_k + 16 * min(config.experts, tokens * config.top_k)
-        left -= rows * per_row + tokens * config.hidden * (config.experts + 3 * config.shared_intermediate)
+        left -= rows * per_row + tokens * per_token
         if left < 0:
             break
         taken.append(tokens)

@@ -88,6 +88,7 @@ def _sum(sch: Any, blocks: dict[str, Any], column: Any, lanes: int, unroll: int,
     step, unrolled, lane, term = sch.split(k, [None, unroll, lanes, together])
     sch.reorder(*outer, lane, step, unrolled, term)
     sch.bind(lane, "threadIdx.x")
+    sch.annotate(step, "disable_unroll", True)  # by NVIDIA's compiler, which would begin more loads than there are registers for
     for source, at_once in (("rows", row_copy), ("columns", together)):
         load = blocks[source]
         sch.set_scope(load, 0, "local")
