@@ -23,6 +23,7 @@ from .errors import ArtifactError, ConfigError
 from .target import ARCHS, KINDS
 
 LISTED = ("experts", "top_k", "hidden", "intermediate")
+DEFAULT_HIDDEN = 512  # of a layer that is described by its experts alone
 
 
 CHOICES = {
@@ -91,6 +92,8 @@ def _field_option(field: dataclasses.Field[Any], text: str) -> Callable[[Any], A
 
 
 def _help(field: dataclasses.Field[Any], text: str) -> str:
+    if field.name == "hidden":
+        return f"{text} [default: {DEFAULT_HIDDEN}]"
     if field.default is dataclasses.MISSING or field.default is None or field.name == "intermediate":
         return text
     shown = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
@@ -149,7 +152,8 @@ def wanted_layers(given: Mapping[str, Any], model: str | None = None, preset: st
     if model and preset:
         raise click.UsageError("--model and --preset are a layer each: give one of them.")
     base = MoEConfig.from_hf(model).to_dict() if model else presets.preset(preset).to_dict() if preset else {}
-    missing = [name for name in ("experts", "top_k", "hidden") if name not in {**base, **given}]
+    base = base or {"hidden": DEFAULT_HIDDEN}
+    missing = [name for name in ("experts", "top_k") if name not in {**base, **given}]
     if missing:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise click.UsageError(f"Missing {options} (or --model, or --preset).")

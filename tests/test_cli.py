@@ -93,10 +93,14 @@ def test_every_field_has_an_option_and_help(command: str) -> None:
         assert f"--{field.name.replace('_', '-')}" in params[field.name].opts
 
 
+def test_a_layer_by_its_experts_alone() -> None:
+    assert "'hidden': 512" in run("emit", "--experts", "4", "--top-k", "2").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["build"], 2, r"Missing --experts, --top-k, --hidden \(or --model, or --preset\)"),
+        (["build"], 2, r"Missing --experts, --top-k \(or --model, or --preset\)"),
         (["build", "--experts", "4,x"], 2, "'4,x' is not a whole number"),
         (["build", *OPTIONS, "--dtype", "int4"], 2, "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
         (["build", *OPTIONS, "--capacity-factor", "much"], 2, "'much' is not a valid float"),
