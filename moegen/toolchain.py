@@ -41,5 +41,6 @@ def cxx_for(arch: str) -> list[str]:
 
 def first_error(text: str) -> str:
     """The line of a compiler's output that says what is wrong."""
-    errors = [line for line in text.splitlines() if "error" in line.lower() or "fatal" in line.lower()]
-    return (errors or text.strip().splitlines() or ["no output"])[0].strip()
+    lines = [line for line in text.strip().splitlines() if "ld returned" not in line]  # after the linker's own, which say why
+    errors = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+    return (errors or lines or ["no output"])[0].strip()

@@ -294,6 +294,16 @@ def test_documents_are_checked(tmp_path: pathlib.Path, document: dict[str, Any])
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def fill(*_, **__):
+        raise OSError(28, "No space left on device")  # a write has no name
+
+    monkeypatch.setattr("pathlib.Path.write_text", fill)
+    with pytest.raises(OSError, match=r"No space left on device: .*bench\.json"):
+        results.write_document(results.new_document(), tmp_path / "bench.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------- what is asked for
 
 

@@ -375,6 +375,11 @@ def test_no_compiler(small: Plan, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
             'case "$*" in *-shared*) echo "ld: error: no space" >&2; exit 1;; *) exec {real} "$@";; esac',
             "linking the library failed: ld: error: no space",
         ),
+        (  # as GNU's say it
+            "case \"$*\" in *-shared*) echo 'ld: final link failed: No space left on device' >&2; "
+            "echo 'collect2: error: ld returned 1 exit status' >&2; exit 1;; *) exec {real} \"$@\";; esac",
+            "linking the library failed: ld: final link failed: No space left on device",
+        ),
     ],
 )
 def test_a_compiler_that_fails(

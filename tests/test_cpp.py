@@ -71,6 +71,7 @@ def test_errors(programs: pathlib.Path, built: Any, tmp_path: pathlib.Path, rng:
     content = path.read_bytes()
     program, in_c = programs / "layer", programs / "layer_c"
     assert b"packed for another artifact" in run(program, other.path, path, code=1)
+    assert b"cannot read the artifact's manifest.json" in run(program, tmp_path, path, code=1)
     assert b"usage" in run(program, code=1)
     assert b"cannot read the packed weights" in run(program, artifact.path, tmp_path / "nothing", code=1)
     for damaged, said in (

@@ -291,6 +291,9 @@ def test_pictures_and_pages(tmp_path: pathlib.Path, rng: np.random.Generator) ->
         with Image.open(report.expert_load(load, tmp_path / f"{name}.png")) as image:
             assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 5
         load.save(tmp_path / f"{name}.json")
+    bars, *_ = report.experts.figure(counted(4)).axes
+    covered = [text.get_window_extent() for text in bars.texts]
+    assert not any(box.overlaps(bar.get_window_extent()) for box in covered for bar in bars.patches)
     page = report.write([tmp_path / "several.json", tmp_path / "several.json"], tmp_path / "page").read_text(encoding="utf-8")
     assert "Which experts work" in page
     assert "<td>160</td>" in page  # choices of both files, twice 40 * 2

@@ -272,6 +272,20 @@ def test_no_backward(layer, x):
         compiled(x)
 
 
+def test_no_forward_mode(layer, x):
+    """Torch takes an operator without a derivative for a constant there: tangents would be zeros."""
+    routing = layer.route(x)
+    for call in (
+        layer,
+        layer.route,
+        lambda v: layer(x, jitter=v),
+        lambda v: layer.experts(x, routing.ids, routing.weights * v.reshape(10, -1)[:, :1]),
+    ):
+        with pytest.raises(InputError, match="no forward-mode derivative"):
+            torch.func.jvp(call, (x,), (x,))
+    assert torch.equal(torch.func.jvp(lambda v: v * layer(x), (x,), (x,))[1], x * layer(x))
+
+
 def test_functional_transforms(layer, x):
     assert torch.equal(torch.func.functionalize(layer)(x), layer(x))
     assert torch.equal(torch.vmap(layer)(x), torch.stack([layer(rows) for rows in x]))
@@ -409,6 +423,7 @@ def test_wrong_inputs(layer, x):
         (lambda: layer(x[0, 0]), r"shape \[16\]"),
         (lambda: layer(x[None]), r"shape \[1, 2, 5, 16\]"),
         (lambda: layer(x, jitter=x[0]), "jitter has shape"),
+        (lambda: layer(x, jitter=1.5), "jitter must be a torch tensor of x's shape, not float"),
         (lambda: torch.ops.moegen.forward(x, number, x[0]), "router_x has shape"),
         (lambda: torch.ops.moegen.route(x, number, E, K + 1), "are not those of the layer"),
         (lambda: layer.experts(x, ids[1:], factors), "ids has shape"),
@@ -419,10 +434,12 @@ def test_wrong_inputs(layer, x):
         (lambda: layer.experts(x, torch.full_like(ids, E), factors), f"=6 must be between 0 and {E - 1}"),
         (lambda: layer.experts(x, torch.full_like(ids, -1), factors), "=-1 must be between"),
         (lambda: layer.experts(x, torch.full((10, K), 2**32), factors), "must be between"),
+        (lambda: layer.experts(x, torch.full((10, K), 2**32 - 1, dtype=torch.uint32), factors), "=2147483647 must be between"),
     ):
         with pytest.raises(InputError, match=said):
             call()
     assert torch.equal(layer(x), layer.layer(x))  # and it goes on
+    assert torch.equal(layer.experts(x, ids.to(torch.uint64), factors), layer.experts(x, ids, factors))
 
 
 def test_placement_is_checked(layer, x):

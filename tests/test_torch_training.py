@@ -429,6 +429,14 @@ def test_refusals(modules, rng, paths):
         layer.to("meta")
     with pytest.raises(InputError, match="dtype float64"):
         layer(torch.zeros(3, H, dtype=torch.float64))
+    x = torch.ones(3, H)
+    given = dict(layer.named_parameters())
+    for call, value in (
+        (layer, x),
+        (lambda w: torch.func.functional_call(layer, given | {"router.weight": w}, x), given["router.weight"]),
+    ):
+        with pytest.raises(InputError, match="no forward-mode derivative"):
+            torch.func.jvp(call, (value,), (torch.ones_like(value),))
     with pytest.raises(InputError, match="number is that of a TrainableMoELayer"):
         torch.ops.moegen.forward(torch.zeros(3, H), layer.trained.number)
     with pytest.raises(InputError, match="weights are constants"):

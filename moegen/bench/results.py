@@ -100,12 +100,18 @@ def read_document(
 
 
 def write_document(document: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Replaces the file in one step, so that an interrupt never leaves half of one."""
+    """Replaces the file in one step, so that an interrupt never leaves half of one.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_text(as_json_text(document) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

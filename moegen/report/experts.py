@@ -84,11 +84,10 @@ def _bars(axes: Axes, layer: Known) -> None:
     colours = [OURS_COLOUR if expert == summary.busiest else _BAR for expert in range(experts)]
     axes.bar(range(experts), counts, width=0.82 if experts <= 128 else 1.0, color=colours, linewidth=0)
     axes.axhline(mean, color=INK, linewidth=1.2)
-    said = f"busiest: expert {summary.busiest}, {summary.imbalance:.2f}x the mean"
+    said = f"line: mean, {drawing.short(mean)}\nbusiest: expert {summary.busiest}, {summary.imbalance:.2f}x the mean"
     said += f"\n{len(summary.dead)} of {experts} experts dead" if summary.dead else ""
     drawing.remark(axes, said, (1, 1), (-2, -2), within="axes fraction", ha="right", va="top", fontsize=8.5, boxed=True)
-    drawing.remark(axes, f"mean {drawing.short(mean)}", (0, mean), (-2, 3), fontsize=8.5, boxed=True)
-    axes.set_ylim(0, counts.max() * 1.3)
+    axes.set_ylim(0, counts.max() * 1.35)  # room for what is said
     _expert_axis(axes, experts)
     drawing.linear_numbers(axes.yaxis)
 
@@ -101,7 +100,7 @@ def _over_time(axes: Axes, layers: list[Known]) -> None:
         _nothing(axes)
         return
     start, end = min(line[1][0] for line in lines), max(line[1][-1] for line in lines)
-    scale, unit = next(((s, name) for s, name in _UNITS if end - start >= 2 * s), (1.0, "seconds"))
+    scale, unit = next(((s, name) for s, name in _UNITS if end - start >= 2 * s), (1e-3, "milliseconds"))
     few = len(lines) <= _FEW_LAYERS
     styles = drawing.styles(label for label, _, _ in lines)
     for label, seconds, values in lines:

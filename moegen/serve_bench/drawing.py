@@ -102,7 +102,7 @@ def _timeline(axes: Axes, shown: Sequence[Json], known: Mapping[str, Style]) -> 
         failed = [request["ended_s"] for request in requests if request["status"] == FAILED]
         if failed:  # an empty line that is not clipped takes all the room that there is
             axes.plot(failed, [0] * len(failed), linestyle="none", marker="x", color=style.colour, markersize=6, clip_on=False)
-    axes.set_ylim(0, most * 1.08)
+    axes.set_ylim(-0.03 * most, most * 1.08)  # a zero at the corner would lie upon that of the other axis
     axes.set_xlim(left=0)
     drawing.whole_numbers(axes.yaxis)
     if not any(entry["turns"][0]["requests"] for entry in shown):

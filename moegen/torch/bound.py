@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from ..device import DeviceLayer
 from ..errors import InputError
@@ -91,6 +92,8 @@ class BoundLayer:
         Raises:
             InputError: the wrong shape, dtype or device, or an id out of range.
         """
+        if isinstance(weights, torch.Tensor):  # else torch says so
+            refuse_tangents(weights)
         return torch.ops.moegen.experts(entering(x, self.dtype), ids, weights, self.number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundLayer:
@@ -140,17 +143,36 @@ def entering(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x` in a layer's `dtype` where that loses nothing, or under torch.autocast; otherwise as it is.
 
     Raises:
-        InputError: it is no tensor.
+        InputError: it is no tensor, or forward-mode differentiation asks for its derivative.
     """
     if not isinstance(x, torch.Tensor):
         raise InputError(f"x must be a torch tensor, not {type(x).__name__}: Module.bind gives layers for other arrays")
+    refuse_tangents(x)
     if x.dtype is dtype or not x.dtype.is_floating_point:
         return x
     return x.to(dtype) if x.dtype in _WIDENED[dtype] or torch.is_autocast_enabled(x.device.type) else x
 
 
+def refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Refuses forward-mode differentiation, under which torch runs an operator that has none as if its result were a constant.
+
+    Raises:
+        InputError: a tensor carries a tangent (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad).
+    """
+    if torch.compiler.is_compiling():  # no tensor has one yet
+        return
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise InputError(
+            "a compiled layer has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, forward_ad): use reverse mode, "
+            "torch.autograd.grad or .backward(), with moegen.torch.TrainableMoELayer"
+        )
+
+
 def jittered(x: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
     """x times jitter, rounded once to x's dtype."""
+    if not isinstance(jitter, torch.Tensor):
+        raise InputError(f"jitter must be a torch tensor of x's shape, not {type(jitter).__name__}")
+    refuse_tangents(jitter)
     if jitter.shape != x.shape:
         raise InputError(f"jitter has shape {list(jitter.shape)}, x has {list(x.shape)}")
     return (x.to(torch.float32) * jitter.to(torch.float32)).to(x.dtype)

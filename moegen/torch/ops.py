@@ -193,7 +193,7 @@ def _ids(layer: Layer | DeviceLayer, ids: torch.Tensor, rows: torch.Tensor) -> t
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise InputError(f"ids must be integers, not {str(ids.dtype).removeprefix('torch.')}")
     if ids.dtype != torch.int32:  # what does not fit must not come back as another expert
-        ids = (ids.clamp(-1, _INT32_MAX) if ids.dtype.itemsize > 4 else ids).to(torch.int32)
+        ids = ids.to(torch.int64).clamp(-1, _INT32_MAX).to(torch.int32)
     return _ready(ids)
 
 

@@ -12,7 +12,7 @@ from ..config import MoEConfig, weight_shapes
 from ..errors import InputError
 from ..weights import resolve
 from . import gradients
-from .bound import Routing, entering, jittered
+from .bound import Routing, entering, jittered, refuse_tangents
 from .layer import MoELayer
 from .opening import Source, check_stays, config_of, in_host_memory, open_module
 from .trained import TrainedLayer
@@ -25,7 +25,7 @@ class TrainableMoELayer(torch.nn.Module):
     `state_dict` is what `Module.bind` and `MoELayer` take; the correction bias, which decides the selection only and has no
     gradient, is a buffer. They may be of any float type: the forward rounds them to the layer's, and gradients go straight
     through. Gradients reach x, the router (through the weights of the chosen experts and through the losses), the experts and
-    the shared expert. There are no second derivatives.
+    the shared expert. There are no second derivatives, and no forward mode.
 
     Weights are packed again when a call finds them changed, by an optimizer or by anything else that torch counts
     (`Tensor._version`), or replaced. Writing past that (through `.data` or NumPy) is noticed unless it was a few elements only:
@@ -95,6 +95,7 @@ class TrainableMoELayer(torch.nn.Module):
         x = entering(x, state.dtype)
         router_x = None if jitter is None else jittered(x, jitter)
         weights = [self._named(name) for name in state.names]
+        refuse_tangents(*weights)
         y, ids, factors, load, stats = torch.ops.moegen.trained(x, weights, state.number, config.experts, config.top_k, router_x)
         if not return_routing:
             return y
