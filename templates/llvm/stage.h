@@ -4,7 +4,6 @@
 #include <tvm/ffi/c_api.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -127,18 +126,18 @@ class Watching {
 class Timed {
  public:
   explicit Timed(int part) : seconds_(watch != nullptr ? watch + part : nullptr) {
-    if (seconds_ != nullptr) start_ = std::chrono::steady_clock::now();
+    if (seconds_ != nullptr) start_ = Now();
   }
   ~Timed() { Stop(); }
   void Stop() {
     if (seconds_ == nullptr) return;
-    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    *seconds_ += 1e-9 * static_cast<double>(Now() - start_);
     seconds_ = nullptr;
   }
 
  private:
   double* seconds_;
-  std::chrono::steady_clock::time_point start_;
+  int64_t start_ = 0;
 };
 
 // Arguments of an exported function.
