@@ -10,13 +10,17 @@ Names are imported when first used: loading an artifact never imports the compil
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
+from .own_processes import WITHOUT_TORCH, hide_torch
 from .paths import PACKAGE
 from .version import __version__
 
 if not (PACKAGE / "schedules").is_dir():  # a checkout: schedules, templates and tuning_logs are at the top level
     __path__.append(str(PACKAGE.parent))
+if os.environ.get(WITHOUT_TORCH):
+    hide_torch()
 
 if TYPE_CHECKING:
     from .artifact import Artifact, find_artifact, list_artifacts, open_artifact

@@ -19,6 +19,7 @@ from .builder import build
 from .config import MoEConfig
 from .cuda.planning import CudaPlan
 from .errors import BuildError, MoegenError
+from .own_processes import begin_in_group
 from .plan import Plan
 
 
@@ -59,7 +60,7 @@ def build_many(
         return
     context = multiprocessing.get_context("spawn")
     # Each worker leads a process group: the terminal's Ctrl-C is the parent's to handle, and killing one takes its compiler too.
-    executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=os.setpgrp)
+    executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_in_group)
     try:
         futures = {executor.submit(_attempt, config, options): config for config in configs}
         for future in concurrent.futures.as_completed(futures):

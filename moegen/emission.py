@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pprint
 import re
 from collections.abc import Mapping, Sequence
@@ -154,8 +155,9 @@ def _with_needs(wanted: set[str]) -> list[str]:
     return [name for name in ORDER if name in wanted]
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
-    """What templates are rendered with."""
+    """What templates are rendered with; one, because it keeps what it has compiled of them, and notices when they change."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(package_folder("templates")),
         undefined=jinja2.StrictUndefined,

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import os
 import pathlib
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator
 from .artifact import Artifact, check_loadable, list_artifacts
 from .config import MoEConfig, config_key
 from .errors import ArtifactError, BuildError
-from .paths import PACKAGE
+from .own_processes import environment
 
 _POLL_SECONDS = 0.1
 
@@ -114,11 +113,10 @@ def _alone(folder: pathlib.Path, config: MoEConfig, limit_s: float | None, limit
 
 def _build(folder: pathlib.Path, config: MoEConfig, limit_s: float | None, limit: str) -> None:
     """`moegen build`, as its user would call it, in a process that never sees torch."""
-    path = os.pathsep.join(part for part in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if part)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "moegen", "build", *options_of(config), "--out", str(folder)],
-            env=os.environ | {"PYTHONPATH": path, "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1"},
+            env=environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

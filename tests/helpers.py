@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import moegen
 from moegen import reference
 from moegen.arrays import HostArray, empty_aligned, to_float32, to_storage
+from moegen.cuda.planning import CudaPlan
 from moegen.plan import Plan, plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -179,6 +181,14 @@ def few_tiles(config: moegen.MoEConfig, max_rows: int = 2, **tiling: int) -> Pla
 def built_with(store: pathlib.Path, config: moegen.MoEConfig, **tiling: int) -> moegen.Artifact:
     """Builds into `store` with `few_tiles`."""
     return moegen.build(few_tiles(config, **tiling), out=store, verify=False)
+
+
+def built_once(store: pathlib.Path, todo: Plan | CudaPlan, verify: bool = False) -> moegen.Artifact:
+    """Builds into the session's store, or finds it there: other processes of pytest-xdist wait for the first."""
+    store.mkdir(parents=True, exist_ok=True)
+    with open(store / f".lock-{todo.key[:16]}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return moegen.build(todo, out=store, verify=verify)
 
 
 def environment(**others: str) -> dict[str, str]:

@@ -8,12 +8,13 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT, stored
+from helpers import ROOT, built_once, environment, stored
 from helpers import tokens as drawn
 from moegen.schedules.cuda import few, route, tiling
 
@@ -280,14 +281,24 @@ def test_a_large_router_is_read_by_many_thread_blocks() -> None:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("store")
+def store(store: pathlib.Path) -> pathlib.Path:
+    """One for all processes of pytest-xdist, with nothing but this file's."""
+    return store / "cuda"
 
 
 @pytest.fixture(scope="module")
-def built(store: pathlib.Path) -> moegen.Artifact:
+def emulated(store: pathlib.Path) -> Iterator[pathlib.Path]:
+    """One folder for what is compiled for the emulator, proofs included: the same kernels are not compiled again."""
+    folder, made = store / "emulated", emulated_driver.environment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof.emulated_driver, "environment", lambda source, _, **how: made(source, folder, **how))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def built(store: pathlib.Path, emulated: pathlib.Path) -> moegen.Artifact:
     """`LAYER` for two architectures, as the command line builds it."""
-    return moegen.build(LAYER, "cuda", store, arch="sm_80,sm_90")
+    return built_once(store, planning.plan(LAYER, "sm_80,sm_90"), verify=True)
 
 
 def test_build_proves_itself_without_a_device(built: moegen.Artifact) -> None:
@@ -309,9 +320,9 @@ def test_build_proves_itself_without_a_device(built: moegen.Artifact) -> None:
     assert not re.search(r"NEEDED.*(cuda|libtvm_runtime|libtvm\.so|stdc\+\+)", needed)
 
 
-def test_calls_on_an_emulated_device(built: moegen.Artifact, tmp_path: pathlib.Path) -> None:
+def test_calls_on_an_emulated_device(built: moegen.Artifact, emulated: pathlib.Path) -> None:
     source = (built.path / making.KERNELS).read_text(encoding="utf-8")
-    around = emulated_driver.environment(source, tmp_path, arch="sm_90", order="shuffled", seed=3)
+    around = emulated_driver.environment(source, emulated, arch="sm_90", order="shuffled", seed=3)
     around["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     command = [sys.executable, str(ROOT / "tests" / "cuda_calls.py"), str(built.path)]
     done = subprocess.run(command, env=around, capture_output=True, text=True, check=False)
@@ -457,12 +468,12 @@ def test_cuda_options_are_not_for_cpus(tmp_path: pathlib.Path, built: moegen.Art
     assert "arch='sm_90' must be one of" in done.output
 
 
-def test_a_device_with_less_shared_memory_is_told_so(built: moegen.Artifact, tmp_path: pathlib.Path) -> None:
+def test_a_device_with_less_shared_memory_is_told_so(built: moegen.Artifact, emulated: pathlib.Path) -> None:
     """Machine code for sm_80 runs on sm_86, whose 99 KiB of shared memory for a block are enough; with less it would not be."""
     source = (built.path / making.KERNELS).read_text(encoding="utf-8")
-    around = emulated_driver.environment(source, tmp_path, arch="sm_86")
+    around = emulated_driver.environment(source, emulated, arch="sm_86")
     script = "import sys, moegen\ntry: print(moegen.load(sys.argv[1]).device)\nexcept moegen.ArtifactError as error: print(error)"
-    around["PYTHONPATH"] = str(ROOT)
+    around["PYTHONPATH"] = environment()["PYTHONPATH"]
     command = [sys.executable, "-c", script, built.path]
     done = subprocess.run(command, env=around, capture_output=True, text=True, check=True)
     assert "shared memory" not in done.stdout

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from fleet import FAKES, Fleet, eventually, fake, open_fleet
+from helpers import built_once
 
 import moegen
 from moegen import cli
@@ -37,11 +38,11 @@ FAKE = f"EXPORT(device_count) EXPORT(prepare) EXPORT(workspace_bytes) EXPORT(tim
 
 
 @pytest.fixture(scope="module")
-def default(tmp_path_factory: pytest.TempPathFactory) -> moegen.Artifact:
+def default(store: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> moegen.Artifact:
     """Row blocks of 16 are quick to emulate."""
     folder = tmp_path_factory.mktemp("default")
     (folder / "te_source.py").write_text(emission.te_source(CudaGeometry(CONFIG), TARGET, [16]))
-    return moegen.build(planning.plan_from_source(folder / "te_source.py", "sm_90"), out=folder, verify=False)
+    return built_once(store, planning.plan_from_source(folder / "te_source.py", "sm_90"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT
+from helpers import built_once, environment
 from moegen.schedules.cuda import hopper, tiling
 from test_records import decision, put
 from test_tune import FakeStand
@@ -305,7 +305,7 @@ class Emulated:
             around = emulated_driver.environment(source, self.folder, arch="sm_90")
             kernels[str(path)] = around["MOEGEN_EMULATED_KERNELS"]
         command = [sys.executable, "-c", MEASURE]
-        around["PYTHONPATH"] = str(ROOT)
+        around["PYTHONPATH"] = environment()["PYTHONPATH"]
         done = subprocess.run(command, input=json.dumps([job, kernels]), env=around, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CandidateError(done.stderr.strip().splitlines()[-1], "runtime")
@@ -317,14 +317,14 @@ class Emulated:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def pair(store: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The folders of a default and of a candidate with other kernels and other ends; row blocks of 16 are quick to emulate."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "te_source.py").write_text(emission.te_source(CudaGeometry(CONFIG), TARGET, [16]))
     default = planning.plan_from_source(folder / "te_source.py", "sm_90")
     candidate = choices.chosen(default, "some", {"up_16.columns": 64, "down_16.stages": 2})
     candidate = choices.chosen(candidate, "few", {"few_tokens": 1, "down_few.columns": 8})
-    return [str(moegen.build(plan, out=folder, verify=False).path) for plan in (default, candidate)]
+    return [str(built_once(store, plan).path) for plan in (default, candidate)]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import built_once
 from moegen.schedules.cuda import hopper
 
 import moegen
@@ -288,7 +289,7 @@ def test_down(case: str, rng: np.random.Generator, folder: pathlib.Path) -> None
 
 
 @pytest.fixture(scope="module")
-def layer(tmp_path_factory: pytest.TempPathFactory) -> moegen.Artifact:
+def layer(store: pathlib.Path) -> moegen.Artifact:
     """Of two architectures, with blocks of 128 rows only; not proven when it is built, as that is what follows."""
     geometry = CudaGeometry(MoEConfig(experts=3, top_k=2, hidden=136, intermediate=130, dtype="bfloat16", shared_intermediate=64))
     target, rows = planning.resolve_target("sm_80,sm_90a"), (128,)
@@ -296,7 +297,7 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> moegen.Artifact:
     text = emission.te_source(geometry, target, rows)
     few_tokens = planning.few_tokens(geometry.config)
     todo = planning.CudaPlan(geometry, target, text, knobs, planning.default_regimes(rows), few_tokens, route_tokens=0)
-    return moegen.build(todo, out=tmp_path_factory.mktemp("hopper-store"), verify=False)
+    return built_once(store, todo)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_close, bits, built_with, stored, tokens, values
+from helpers import assert_close, bits, built_once, built_with, stored, tokens, values
 from listings import Instruction, complaints, functions, kernel, products
 
 import moegen
@@ -215,7 +215,7 @@ def _case(name: str) -> Plan:
 @pytest.fixture(scope="module", params=CASES)
 def module(request: pytest.FixtureRequest, store: pathlib.Path) -> moegen.Module:
     """A layer with one expert for each number of rows from 1 to 3 * max_rows + 1."""
-    return moegen.load(moegen.build(_case(request.param), out=store, verify=False).path, threads=2)
+    return moegen.load(built_once(store, _case(request.param)).path, threads=2)
 
 
 def test_the_cases_cover() -> None:

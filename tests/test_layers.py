@@ -16,6 +16,7 @@ ORDER = (
     ("errors", "interrupts"),
     ("version",),
     ("paths",),
+    ("own_processes",),
     ("sources",),
     ("storage", "hf_source"),
     ("hf_quantization",),
@@ -219,7 +220,7 @@ INSIDE = {
     ),
 }
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-INIT = ("paths", "version")  # what `import moegen` itself loads; the other names come when first used
+INIT = ("own_processes", "paths", "version")  # what `import moegen` itself loads; the other names come when first used
 
 RUNTIME_NEVER = {
     "cuda",

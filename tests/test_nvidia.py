@@ -214,6 +214,9 @@ def test_options_and_mistakes(name: str, tmp_path: pathlib.Path, monkeypatch: py
     source = 'extern "C" __global__ void roots(float* x) { x[threadIdx.x] = sqrtf(1.0f / x[threadIdx.x]); }'
     exact = nvidia.compile_kernels(source, (SM_80,), tmp_path, toolchain=toolchain)
     assert (exact.ptx, exact.ptx_for, exact.compiler) == ("", None, str(toolchain))
+    beside = nvidia.compile_kernels(source, (SM_80,), tmp_path, ptx_for=SM_80, toolchain=toolchain)
+    assert beside.cubins[0].code == exact.cubins[0].code, "from the PTX or from the source, machine code is the same"
+    assert beside.cubins[0].spilled_bytes == exact.cubins[0].spilled_bytes
     fast = nvidia.compile_kernels(source, (SM_80,), tmp_path, fast_math=True, toolchain=toolchain)
     assert fast.cubins[0].resources["roots"].code_bytes < exact.cubins[0].resources["roots"].code_bytes
 

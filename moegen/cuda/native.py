@@ -67,7 +67,8 @@ def library(source: str, folder: pathlib.Path, arch: str) -> pathlib.Path:
     made = folder / f"{stem}.so"
     if not made.is_file():
         kernels = folder / f"{stem}.cc"
-        kernels.write_text(text, encoding="utf-8")
+        _unfinished(kernels).write_text(text, encoding="utf-8")
+        os.replace(_unfinished(kernels), kernels)
         units.append(_Unit(kernels, _KERNELS, folder / f"{stem}.o"))
         _compile(command, here, units)
         _link([*command, "-shared", "-pthread", *(str(unit.object) for unit in units)], made)

@@ -181,9 +181,18 @@ def compile_kernels(
     outputs = {one.name: f"{stem}.{one.name}.cubin" for one in architectures}
     if ptx_for:
         outputs[ptx_for.virtual] = f"{stem}.ptx"
-    commands = {arch: compiler.compilation(f"{stem}.cu", output, arch, fast_math) for arch, output in outputs.items()}
+    same = ptx_for and compiler.name == "nvcc" and next((one for one in architectures if one.virtual == ptx_for.virtual), None)
+    sources = dict.fromkeys(outputs, f"{stem}.cu")
+    turns = [[arch] for arch in outputs]
+    if ptx_for and same:  # its machine code is made from this PTX in any case: the first half of compiling is done once
+        sources[same.name] = outputs[ptx_for.virtual]
+        turns = [[ptx_for.virtual, same.name], *(turn for turn in turns if turn[0] not in (ptx_for.virtual, same.name))]
+
+    def compile_one(arch: str) -> tuple[str, str]:
+        return arch, _run(compiler, arch, compiler.compilation(sources[arch], outputs[arch], arch, fast_math), folder)
+
     with concurrent.futures.ThreadPoolExecutor(usable_processors()) as pool:
-        logs = dict(zip(commands, pool.map(lambda arch: _run(compiler, arch, commands[arch], folder), commands), strict=True))
+        logs = dict(one for done in pool.map(lambda turn: list(map(compile_one, turn)), turns) for one in done)
     codes = {one.name: (folder / outputs[one.name]).read_bytes() for one in architectures}
     made = tuple(Cubin(one, codes[one.name], cubins.resources(codes[one.name]), logs[one.name]) for one in architectures)
     return Compiled(made, (folder / f"{stem}.ptx").read_text("utf-8") if ptx_for else "", ptx_for, str(compiler))

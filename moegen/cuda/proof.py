@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from ..artifact import Artifact
 from ..config import MoEConfig
 from ..cuda_geometry import CudaGeometry
 from ..errors import BuildError, EmulationError
-from ..paths import PACKAGE
+from ..own_processes import environment
 from ..schedules.cuda.hopper import ARCHITECTURE
 from . import emulated_driver, making
 from .device_count import devices
@@ -104,10 +103,9 @@ def report_from(
     Raises:
         BuildError: the process breaks off.
     """
-    known = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     job = json.dumps({"path": str(artifact.path.resolve()), "seed": seed, "tokens": tokens, "also": also})
     command = [sys.executable, "-m", "moegen.cuda.emulated_proof"]
-    done = subprocess.run(command, input=job, env={**around, "PYTHONPATH": known}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=job, env=environment(around), capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise BuildError(f"the emulated proof broke off: {said}")

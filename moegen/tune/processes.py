@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from ..errors import CandidateError
-from ..paths import PACKAGE
+from ..own_processes import environment
 
 _TICK_SECONDS = 0.1
 Item = TypeVar("Item")
@@ -28,14 +28,13 @@ def run_module(module: str, arguments: Sequence[str], limit_seconds: float, log:
     Raises:
         CandidateError: it crashed (`runtime`) or took too long (`timeout`).
     """
-    path = os.pathsep.join(part for part in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if part)
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.{module}", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=os.environ | {"PYTHONPATH": path},
+            env=environment(),
             start_new_session=True,
         )
         _running.add(process.pid)

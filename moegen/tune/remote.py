@@ -30,7 +30,7 @@ from typing import Any
 
 from .. import errors
 from ..errors import CandidateError, MeasureError, PlaceLost
-from ..paths import PACKAGE
+from ..own_processes import environment
 from .measurers import Measurer
 from .wire import PATIENCE_SECONDS, PREPARING_SECONDS, Tracker
 
@@ -146,14 +146,13 @@ class _Process:
         self._replies, replies = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         command = [sys.executable, "-m", _ERRAND, tracker.address, key, str(tracker.patience), str(jobs), str(replies)]
-        path = os.pathsep.join(part for part in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if part)
         self._process = subprocess.Popen(
             command,
             pass_fds=(jobs, replies),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=os.environ | {"PYTHONPATH": path},
+            env=environment(),
             start_new_session=True,
         )
         os.close(jobs)

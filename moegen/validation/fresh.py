@@ -8,7 +8,6 @@ prints one line of JSON. Imports are timed apart: they are Python's.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..errors import MeasureError
-from ..paths import PACKAGE
+from ..own_processes import environment
 from .claims import Finding
 from .others import Others, disturbance
 
@@ -58,12 +57,9 @@ def _slowest(said: list[dict[str, Any]], name: str, others: Others) -> Finding:
 
 
 def _start(made: Artifact, folder: pathlib.Path, seed: int) -> dict[str, Any]:
-    path = os.pathsep.join(part for part in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if part)
     command = [sys.executable, "-m", __name__, str(made.path), str(folder), str(seed)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS, env=os.environ | {"PYTHONPATH": path}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS, env=environment())
     except subprocess.TimeoutExpired:
         raise MeasureError(f"{made.name} did not start within {_PATIENCE_SECONDS:g} s in a new process") from None
     if done.returncode:

@@ -24,14 +24,12 @@ struct Source {
 };
 
 inline Source SourceOf(const DLTensor* t, const Segment& s, const char* name) {
-  if (t == nullptr) throw Bad(std::string(name) + " is missing");
+  if (t == nullptr) Refuse("%s is missing", name);
   bool vector = s.k == 1 && t->ndim == 1;
   if (t->device.device_type != kDLCPU || t->dtype.bits != s.bits || (!vector && t->ndim != 2)) {
-    throw Bad(std::string(name) + " must be a CPU matrix of " + std::to_string(s.bits) + "-bit elements");
+    Refuse("%s must be a CPU matrix of %d-bit elements", name, s.bits);
   }
-  if (t->shape[0] != s.n || (!vector && t->shape[1] != s.k)) {
-    throw Bad(std::string(name) + " must have shape [" + std::to_string(s.n) + ", " + std::to_string(s.k) + "]");
-  }
+  if (t->shape[0] != s.n || (!vector && t->shape[1] != s.k)) Refuse("%s must have shape [%ld, %ld]", name, s.n, s.k);
   int64_t n_stride = t->strides != nullptr ? t->strides[0] : (vector ? 1 : s.k);
   int64_t k_stride = vector ? 0 : (t->strides != nullptr ? t->strides[1] : 1);
   return {static_cast<const char*>(t->data) + t->byte_offset, n_stride, k_stride};
@@ -101,7 +99,7 @@ inline int PackTask(int task, Env* env, void* closure) {
 
 // Packs the weights of one expert into segment `s` of the blob.
 inline void Pack(const Segment& s, char* blob, int64_t expert, const DLTensor* first, const DLTensor* second) {
-  if (expert < 0 || expert >= s.count) throw Bad("expert must be between 0 and " + std::to_string(s.count - 1));
+  if (expert < 0 || expert >= s.count) Refuse("expert must be between 0 and %ld", s.count - 1);
   PackJob job{&s, {}, nullptr};
   job.sources[0] = SourceOf(first, s, s.gated ? "gate" : "weight");
   if (s.gated) job.sources[1] = SourceOf(second, s, "up");

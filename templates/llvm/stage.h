@@ -4,10 +4,12 @@
 #include <tvm/ffi/c_api.h>
 
 #include <algorithm>
-#include <chrono>
+#include <cstdarg>
+#include <cstdio>
 #include <cstring>
+#include <exception>
 #include <initializer_list>
-#include <string>
+#include <new>
 
 #include "pool.h"
 
@@ -28,11 +30,26 @@ constexpr DLDataType kU8{kDLUInt, 8, 1};
 
 // Thrown inside the library only; every exported function turns it into a tvm-ffi error.
 struct Failure {
-  const char* kind;
-  std::string message;
+  const char* kind;  // null when the error has been raised already
+  char message[256];
 };
 
-inline Failure Bad(const std::string& message) { return {"ValueError", message}; }
+// These two are compiled once, out of the way of what runs: throwing in place would be most of a host's code.
+[[noreturn, gnu::cold, gnu::noinline]] inline void Fail(const char* kind, const char* message) {
+  Failure failure{kind, {}};
+  std::snprintf(failure.message, sizeof(failure.message), "%s", message);
+  throw failure;
+}
+
+// Ends the call for what the caller has given; numbers are all int64_t ("%ld").
+[[noreturn, gnu::cold, gnu::noinline, gnu::format(printf, 1, 2)]] inline void Refuse(const char* format, ...) {
+  Failure failure{"ValueError", {}};
+  std::va_list values;
+  va_start(values, format);
+  std::vsnprintf(failure.message, sizeof(failure.message), format, values);
+  va_end(values);
+  throw failure;
+}
 
 // The arguments of one call of a compiled stage.
 class Arguments {
@@ -51,7 +68,7 @@ class Arguments {
   // Runs a stage without a parallel loop of its own.
   void Call(Stage stage) {
     TVMFFIAny result{};
-    if (stage(nullptr, values_, count_, &result) != 0) throw Failure{nullptr, "a compiled stage failed"};
+    if (stage(nullptr, values_, count_, &result) != 0) Fail(nullptr, "a compiled stage failed");
   }
   // Runs a stage whose parallel loop has `extent` iterations that do `work` operations together.
   void Call(Stage stage, int64_t extent, double work) {
@@ -59,7 +76,7 @@ class Arguments {
     TVMFFIAny result{};
     int rc = stage(nullptr, values_, count_, &result);
     region.tasks = 1;
-    if (rc != 0) throw Failure{nullptr, "a compiled stage failed"};
+    if (rc != 0) Fail(nullptr, "a compiled stage failed");
   }
 
  private:
@@ -93,7 +110,7 @@ void Parallel(int64_t extent, double work, Body body, int per_thread = kTasksPer
     }
     return 0;
   };
-  if (extent > 0 && Launch(task, &loop, Tasks(extent, work, per_thread)) != 0) throw Failure{"MemoryError", "a compiled stage found no memory"};
+  if (extent > 0 && Launch(task, &loop, Tasks(extent, work, per_thread)) != 0) Fail("MemoryError", "a compiled stage found no memory");
 }
 
 // Where `Timed` adds up the seconds of each part of a call; null when nobody asked.
@@ -109,70 +126,74 @@ class Watching {
 class Timed {
  public:
   explicit Timed(int part) : seconds_(watch != nullptr ? watch + part : nullptr) {
-    if (seconds_ != nullptr) start_ = std::chrono::steady_clock::now();
+    if (seconds_ != nullptr) start_ = Now();
   }
   ~Timed() { Stop(); }
   void Stop() {
     if (seconds_ == nullptr) return;
-    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    *seconds_ += 1e-9 * static_cast<double>(Now() - start_);
     seconds_ = nullptr;
   }
 
  private:
   double* seconds_;
-  std::chrono::steady_clock::time_point start_;
+  int64_t start_ = 0;
 };
 
 // Arguments of an exported function.
 class Given {
  public:
   Given(const TVMFFIAny* values, int32_t count, int32_t expected) : values_(values) {
-    if (count != expected) throw Bad("expected " + std::to_string(expected) + " arguments, got " + std::to_string(count));
+    if (count != expected) Refuse("expected %d arguments, got %d", expected, count);
   }
   const DLTensor* Tensor(int i) const {
     const TVMFFIAny& value = values_[i];
     if (value.type_index == kTVMFFINone) return nullptr;
     if (value.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(value.v_ptr);
     if (value.type_index == kTVMFFITensor) return TVMFFITensorGetDLTensorPtr(value.v_obj);
-    throw Failure{"TypeError", "argument " + std::to_string(i) + " must be a tensor"};
+    WrongKind(i, "a tensor");
   }
   int64_t Int(int i) const {
-    if (values_[i].type_index != kTVMFFIInt) throw Failure{"TypeError", "argument " + std::to_string(i) + " must be an integer"};
+    if (values_[i].type_index != kTVMFFIInt) WrongKind(i, "an integer");
     return values_[i].v_int64;
   }
   // Data of a contiguous, aligned CPU tensor of this shape; null for None.
   template <typename Type>
   Type* Data(int i, const char* name, int bits, std::initializer_list<int64_t> shape, size_t alignment) const {
+    return static_cast<Type*>(Memory(i, name, bits, shape, alignment));
+  }
+
+ private:
+  void* Memory(int i, const char* name, int bits, std::initializer_list<int64_t> shape, size_t alignment) const {
     const DLTensor* t = Tensor(i);
     if (t == nullptr) return nullptr;
-    std::string what(name);
-    if (t->device.device_type != kDLCPU) throw Bad(what + " must be on the CPU");
-    if (t->dtype.bits != bits || t->dtype.lanes != 1) throw Bad(what + " must have elements of " + std::to_string(bits) + " bits");
-    if (t->ndim != static_cast<int32_t>(shape.size())) throw Bad(what + " must have " + std::to_string(shape.size()) + " dimensions");
+    if (t->device.device_type != kDLCPU) Refuse("%s must be on the CPU", name);
+    if (t->dtype.bits != bits || t->dtype.lanes != 1) Refuse("%s must have elements of %d bits", name, bits);
+    if (t->ndim != static_cast<int32_t>(shape.size())) Refuse("%s must have %d dimensions", name, static_cast<int>(shape.size()));
     bool empty = std::count(shape.begin(), shape.end(), 0) > 0;
     int64_t stride = 1;
     for (int d = t->ndim - 1; d >= 0; --d) {
       int64_t extent = shape.begin()[d];
-      if (t->shape[d] != extent) {
-        throw Bad(what + ".shape[" + std::to_string(d) + "] is " + std::to_string(t->shape[d]) + ", must be " + std::to_string(extent));
-      }
-      if (t->strides != nullptr && extent > 1 && !empty && t->strides[d] != stride) throw Bad(what + " must be contiguous");
+      if (t->shape[d] != extent) Refuse("%s.shape[%d] is %ld, must be %ld", name, d, t->shape[d], extent);
+      if (t->strides != nullptr && extent > 1 && !empty && t->strides[d] != stride) Refuse("%s must be contiguous", name);
       stride *= extent;
     }
     char* data = static_cast<char*>(t->data) + t->byte_offset;
     if (!empty && reinterpret_cast<uintptr_t>(data) % alignment != 0) {
-      throw Bad(what + " must be aligned to " + std::to_string(alignment) + " bytes");
+      Refuse("%s must be aligned to %d bytes", name, static_cast<int>(alignment));
     }
-    return reinterpret_cast<Type*>(data);
+    return data;
   }
-
- private:
+  [[noreturn, gnu::cold, gnu::noinline]] static void WrongKind(int i, const char* kind) {
+    Failure failure{"TypeError", {}};
+    std::snprintf(failure.message, sizeof(failure.message), "argument %d must be %s", i, kind);
+    throw failure;
+  }
   const TVMFFIAny* values_;
 };
 
 // Runs `body(Given)`, whose integer result goes to the caller, and turns what it throws into a tvm-ffi error.
-template <typename Body>
-int Export(const TVMFFIAny* values, int32_t count, int32_t expected, TVMFFIAny* result, Body body) {
+inline int Export(const TVMFFIAny* values, int32_t count, int32_t expected, TVMFFIAny* result, int64_t (*body)(const Given&)) {
   try {
     Given given(values, count, expected);
     int64_t value = body(given);
@@ -181,7 +202,7 @@ int Export(const TVMFFIAny* values, int32_t count, int32_t expected, TVMFFIAny* 
     result->v_int64 = value;
     return 0;
   } catch (const Failure& failure) {
-    if (failure.kind != nullptr) TVMFFIErrorSetRaisedFromCStr(failure.kind, failure.message.c_str());
+    if (failure.kind != nullptr) TVMFFIErrorSetRaisedFromCStr(failure.kind, failure.message);
     return -1;
   } catch (const std::bad_alloc&) {
     TVMFFIErrorSetRaisedFromCStr("MemoryError", "out of memory");
