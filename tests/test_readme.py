@@ -37,7 +37,7 @@ def newcomer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     commands.mkdir()
     python = f'"{sys.executable}"'
     programs = {
-        "moegen": f"{python} -m moegen.cli",
+        "moegen": f"{python} -m moegen",
         "python": python,
         "torchrun": f"env PYTHONPATH='{ROOT}' {python} -m torch.distributed.run",  # with torch
         "tvm-ffi-config": f"{python} -m tvm_ffi.config",
