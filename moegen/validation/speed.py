@@ -84,12 +84,12 @@ def _against(families: tuple[str, ...], run: Json, point: Json, ours: Json) -> F
         return Finding(float("nan"), f"our own output was {ours['status']}: {ours['reason']}")
     names = [name for family in families for name in FAMILIES[family].contenders]
     known = {name: interval for name, interval in ratios(point).items() if name in names}
-    lost = [f"{c['name']} {c['reason']}" for c in point["contenders"] if c["name"] in names and c["status"] != "correct"]
-    lost += [f"{c['name']} {c['reason']}" for c in run["absent"] if c["name"] in names]
+    lost = [f"{c['name']} ({c['reason']})" for c in point["contenders"] if c["name"] in names and c["status"] != "correct"]
+    lost += [f"{c['name']} ({c['reason']})" for c in run["absent"] if c["name"] in names]
     disturbed = [
         c["name"] for c in point["contenders"] if c["name"] in names and c["status"] == "correct" and c["name"] not in known
     ]
-    lost += [f"{name}, which had {_disturbance(point, name, ours)}" for name in disturbed]
+    lost += [f"{name} ({_disturbance(point, name, ours)})" for name in disturbed]
     if not known:
         return Finding(None, f"no interval: {'; '.join(lost) or 'it was not measured'}")
     name, closest = min(known.items(), key=lambda item: item[1].low)

@@ -27,7 +27,7 @@ class OnednnLayer(TorchBase):
         try:
             self.packed = [self._packed(e) for e in range(self.config.experts)]
         except RuntimeError as error:  # bfloat16 on a processor that oneDNN has no instructions of
-            self.obstacles = {"torch-onednn": f"oneDNN cannot pack {self.config.dtype} weights here: {str(error).splitlines()[0]}"}
+            self.obstacles = {"torch-onednn": f"oneDNN packs no {self.config.dtype} weights here: {str(error).splitlines()[0]}"}
             return
         self.gate_up_bias, self.down_bias = self.biases()
         self.calls = {"torch-onednn": self.called(self._experts)}
