@@ -46,8 +46,8 @@ DISTINCT_WEIGHTS = 24_000_000
 WHOLE_BLOB_BYTES = 4 << 30
 REFERENCE_FLOPS = 2e10
 FEWEST_TOKENS = 16
-# In layers narrower than this a token, or a whole small case, may cancel by chance, and what is left is rounding: errors are relative
-# to what such a layer usually gives at least.
+# In layers narrower than this a token, or a whole small case, may cancel by chance, and what is left is rounding: errors are
+# relative to what such a layer usually gives at least.
 NARROW, USUAL_TOKENS = 64, 64
 
 Array = npt.NDArray[Any]
