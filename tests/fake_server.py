@@ -24,10 +24,11 @@ class FakeServer(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
         self.asked: list[dict[str, Any]] = []
         self.arrived_s: list[float] = []
         self.under_way = self.most_under_way = 0
+        self.together = 1  # no answer before so many requests were under way at once
         self.models = ["good"]
         self.stopped = threading.Event()
 
@@ -57,6 +58,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FakeServer
     disable_nagle_algorithm = True
+    over = True  # whether the request, if there is one, is no longer under way
 
     def log_message(self, *_: Any) -> None:
         """Keeps quiet."""
@@ -67,17 +69,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
+        with self.server.changed:
             self.server.asked.append(body | {"path": self.path, "key": self.headers["Authorization"]})
             self.server.arrived_s.append(time.perf_counter())
             number = len(self.server.asked)
             self.server.under_way += 1
+            self.over = False
             self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+            self.server.changed.notify_all()
+            self.server.changed.wait_for(lambda: self.server.most_under_way >= self.server.together, timeout=20)
         try:
             self._answer(body, number)
         finally:
-            with self.server.lock:
-                self.server.under_way -= 1
+            self._ends()
+
+    def _ends(self) -> None:
+        """No longer under way: said before the last byte is sent, since the client may ask anew as soon as it has that."""
+        with self.server.changed:
+            self.server.under_way -= not self.over
+            self.over = True
 
     def _answer(self, body: dict[str, Any], number: int) -> None:
         mode = body["model"]
@@ -119,6 +129,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
             counted = {"prompt_tokens": len(prompt.split()) + 3, "completion_tokens": tokens, "total_tokens": 0}
             self._event(self._piece(body, None) | {"choices": [], "usage": counted})
+        self._ends()
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
 

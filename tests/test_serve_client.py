@@ -27,19 +27,11 @@ from moegen.errors import MeasureError
 from moegen.serve_bench import Load, LoadRequest, Objective, ServerTarget, serve_bench
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeServer]:
-    with fake_server() as server:
-        yield server
-
-
 @pytest.fixture
-def server(running: FakeServer) -> FakeServer:
-    running.asked.clear()
-    running.arrived_s.clear()
-    running.most_under_way = running.under_way = 0
-    running.models = ["good"]
-    return running
+def server() -> Iterator[FakeServer]:
+    """One of the test's own: what other tests left hanging is not counted."""
+    with fake_server() as running:
+        yield running
 
 
 def _measured(server: FakeServer, model: str | None = "good", load: Load | None = None, **fields: Any) -> dict[str, Any]:
@@ -141,6 +133,7 @@ def test_waiting_for_room_counts(server: FakeServer) -> None:
 
 
 def test_a_closed_loop_has_so_many_clients(server: FakeServer) -> None:
+    server.together = 3
     document = _measured(server, load=Load(concurrency=3, requests=15, prompt="2", output="2"))
     assert server.most_under_way == 3
     assert _summary(document)["succeeded"] == 15

@@ -21,7 +21,8 @@ from torch_layers import CONFIGS, build_apart, dense  # noqa: E402
 from moegen.torch import MoELayer, TrainableMoELayer, gradients  # noqa: E402
 
 H = 16
-BOUND = {"float32": 2e-6, "bfloat16": 4e-3}  # relative to float64; bfloat16 gradients are rounded to that
+# Relative to float64. A bfloat16 gradient is rounded once for each path that it comes by (the output and two losses).
+BOUND = {"float32": 3e-6, "bfloat16": 3 * 2.0**-8}
 
 
 @pytest.fixture(scope="module")
