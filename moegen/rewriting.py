@@ -33,7 +33,8 @@ def _prefetch(function: Any, wish: Prefetch) -> Any:
     step = tirx.truncdiv(block.extent + (wish.lines_per_chunk - 1), block.extent)
     begun = block.loop_var * step * chunk.extent
     ahead = tirx.Select(block.extent == 1, _i64(wish.lead_lines), part + begun)
-    lines = tirx.Select(begun < part, step, _i64(0))
+    asked = tirx.And(begun < part, block.extent > 1) if wish.lead_lines == 0 else begun < part
+    lines = tirx.Select(asked, step, _i64(0))
     end = panel.extent * q.extent * part
     zeros = [_i64(0)] * (len(w.shape) - 1)
 

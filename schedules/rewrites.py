@@ -17,7 +17,7 @@ class Prefetch:
     Args:
         panel, q, block, chunk: loops of the product's nest.
         lines_per_chunk: cache lines of weights of a chunk.
-        lead_lines: how far ahead a single block asks.
+        lead_lines: how far ahead a single block asks; 0 where it leaves that to the hardware.
         line_items: elements of a cache line.
         function: name of the function that asks for the line at an address.
     """

@@ -39,7 +39,7 @@ CODES = [
     Code("float32", "znver5", "x86_64", "vfmadd231ps", r"%zmm\d+", 14),
     Code("bfloat16", "znver5", "x86_64", "vdpbf16ps", r"%zmm\d+", 14),
     Code("float32", "x86-64-v3", "x86_64", "vfmadd231ps", r"%ymm\d+", 6),
-    Code("float32", "x86-64-v3", "x86_64", "vfmadd231ps", r"%ymm\d+", 6, "relu"),
+    Code("float32", "znver3", "x86_64", "vfmadd231ps", r"%ymm\d+", 6, "relu"),
     Code("bfloat16", "x86-64-v3", "x86_64", "vfmadd231ps", r"%ymm\d+", 6),
     Code("float32", "x86-64", "x86_64", "mulps", r"%xmm\d+", 4),
     Code("float32", "x86-64", "x86_64", "mulps", r"%xmm\d+", 4, "relu"),

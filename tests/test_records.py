@@ -250,7 +250,7 @@ def test_what_is_chosen_is_what_is_there(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("regime", "knobs", "what"),
     [
-        ("few", {"up.lead_lines": 0}, "few.lead_lines=0 must be between 1 and 1024"),
+        ("few", {"up.lead_lines": -1}, "few.lead_lines=-1 must be between 0 and 1024"),
         ("some", {"down.burst_lines": 2000}, "others.burst_lines=2000 must be between"),
         ("few", {"up.k_unroll": 3}, "k_unroll=3 must be 1, 2 or 4"),
         ("few", {"up.k_unroll": 4, "up.burst_lines": 1}, "few.k_unroll=4 must divide"),

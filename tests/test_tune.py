@@ -171,7 +171,8 @@ def test_a_tuned_artifact(default: pathlib.Path, known_objects: pathlib.Path, tm
         assert re.search(
             rf"tuned: {regime} by record id-{regime}, \d+ \w+ old, time less: T=1 uniform 10.0 % \(8.0 to 12.0\)", shown
         )
-    assert "expert_down: few.k_unroll=2, few.lead_lines=64" in shown
+    own = choices.values(choices.default(CONFIG, TARGET), "few")["down.lead_lines"]
+    assert f"expert_down: few.k_unroll=2, few.lead_lines={own}" in shown
 
     before = {path.name for path in known_objects.iterdir()}
     space = Space(CONFIG, TARGET, "few")

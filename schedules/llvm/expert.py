@@ -17,6 +17,8 @@ __all__ = ["FEW_ROWS", "Knobs", "Streaming", "apply", "check", "default", "part_
 
 FEW_ROWS = 3  # tiles of so many rows wait for memory; larger ones have work to do meanwhile
 MOST_LINES = 1024
+# Zen 3 reads a stream of float32 weights 8 to 25 % faster where it is not asked ahead: requests hide the stream from the hardware.
+OWN_STREAMS = {"znver3": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Streaming:
 
     Args:
         k_unroll: how many steps along the dot product are unrolled.
-        lead_lines: how many cache lines ahead memory is asked: as long as an answer takes.
+        lead_lines: how many cache lines ahead memory is asked: as long as an answer takes; 0 where a single row block leaves that
+            to the hardware.
         burst_lines: most cache lines asked for at once: a core waits for the first of more before it goes on.
     """
 
@@ -48,7 +51,9 @@ class Knobs:
 
 
 def default(geometry: Geometry, target: Target) -> Knobs:
-    """One choice for all layers."""
+    """One choice for all layers, but for processors that find streams of few rows by themselves."""
+    if OWN_STREAMS.get(target.mcpu) == geometry.up.weight_dtype:
+        return Knobs(few=Streaming(lead_lines=0))
     return Knobs()
 
 
@@ -60,9 +65,9 @@ def check(geometry: Geometry, target: Target, knobs: Knobs) -> None:
     """
     for part, chosen in (("few", knobs.few), ("others", knobs.others)):
         product.check(geometry, target, product.Knobs(chosen.k_unroll))
-        for name in ("lead_lines", "burst_lines"):
-            if not 1 <= getattr(chosen, name) <= MOST_LINES:
-                raise ScheduleError(f"{part}.{name}={getattr(chosen, name)} must be between 1 and {MOST_LINES}")
+        for name, least in (("lead_lines", 0), ("burst_lines", 1)):
+            if not least <= getattr(chosen, name) <= MOST_LINES:
+                raise ScheduleError(f"{part}.{name}={getattr(chosen, name)} must be between {least} and {MOST_LINES}")
         for each in (geometry.up, geometry.down):
             bursts, steps = _bursts(each, chosen), each.steps_per_chunk
             if steps % (bursts * chosen.k_unroll):
@@ -76,7 +81,7 @@ def space(geometry: Geometry, target: Target) -> dict[str, tuple[int, ...]]:
     """The values worth trying for each field of `Streaming`; not all of their combinations are legal."""
     lines = max(each.lines_per_chunk for each in (geometry.up, geometry.down))
     bursts = tuple(burst for burst in (8, 16, 32) if burst <= lines) if lines >= 16 else (16,)
-    return {"k_unroll": (1, 2), "lead_lines": (32, 64, 128, 192), "burst_lines": bursts}
+    return {"k_unroll": (1, 2), "lead_lines": (0, 16, 32, 64, 128, 192), "burst_lines": bursts}
 
 
 def part_of(function: str) -> str:
