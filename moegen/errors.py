@@ -101,5 +101,5 @@ def without_rpc(missing: ModuleNotFoundError) -> MeasureError:
 
 
 def without_client(missing: ModuleNotFoundError) -> MeasureError:
-    """What to say when a package of the `[serving]` extra is not installed."""
-    return MeasureError(f"asking a server needs a client ({missing.name} is not installed): pip install 'moegen[serving]'")
+    """What to say when a package of the `[client]` extra is not installed."""
+    return MeasureError(f"asking a server needs a client ({missing.name} is not installed): pip install 'moegen[client]'")

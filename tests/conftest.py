@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,13 @@ def rng() -> np.random.Generator:
     seed = int(np.random.default_rng().integers(2**31))
     print(f"rng seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_arrive() -> None:
+    """Here and in the processes that tests start: a shell makes its background processes, and so a suite, deaf to Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,11 +30,16 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.under_way = self.most_under_way = 0
         self.together = 1  # no answer before so many requests were under way at once
         self.models = ["good"]
+        self.connections = 0
         self.stopped = threading.Event()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are part of the tests."""

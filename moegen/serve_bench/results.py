@@ -47,7 +47,7 @@ from .summary import latencies, spread, summarise
 SCHEMA_VERSION = 1
 KIND = "moegen-serve-bench"
 SERVER = "server"
-_CLIENT_PACKAGES = ("openai", "httpx2", "transformers")
+_CLIENT_PACKAGES = ("aiohttp", "transformers")
 _RATIOS = {"ttft_p50": ("ttft", "p50"), "tpot_p50": ("tpot", "p50"), "e2e_p50": ("e2e", "p50"), "e2e_p95": ("e2e", "p95")}
 
 

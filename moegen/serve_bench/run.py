@@ -69,11 +69,11 @@ def serve_bench(target: ServerTarget | LayerTarget, asked: LoadRequest, watch: W
 
 
 def _server(target: ServerTarget, asked: LoadRequest, watch: Watch) -> dict[str, Any]:
-    from . import client  # here, because a layer needs no client
+    from . import client, openai_api  # here, because a layer needs no client
 
-    shown = client.url_without_secrets(target)
+    shown = openai_api.url_without_secrets(target)
     if target.model is None:
-        target = dataclasses.replace(target, model=client.only_model(target))
+        target = dataclasses.replace(target, model=openai_api.only_model(target))
     described: dict[str, Any] = {"kind": results.SERVER, "url": shown, "model": target.model, "endpoint": target.endpoint}
     described |= {"timeout_s": target.timeout_s, "extra_body": target.extra_body}
     document = results.new_document(described, asked)
