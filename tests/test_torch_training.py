@@ -144,11 +144,11 @@ def test_kept_is_that_of_the_reference(rng):
 # ---------------------------------------------------------------- the layer
 
 
-def settled(config, weights, rng, tokens=11):
+def settled(config, weights, rng, tokens=11, margin=1e-4):
     """[tokens, H] in the layer's dtype, without near ties."""
     for _ in range(100):
         x = reference.round_to_dtype(rng.standard_normal((tokens, H)), config.dtype)
-        if reference.margins(config, weights, x).min() > 1e-4:
+        if reference.margins(config, weights, x).min() > margin:
             return x
     raise AssertionError("nothing but near ties")
 
@@ -186,7 +186,7 @@ def test_finite_differences_of_the_compiled_forward(modules, rng):
     """In float32, along random directions, where neither a choice nor a capacity changes."""
     config = CONFIGS["shared"]
     weights = given_weights(config, rng)
-    x = torch.from_numpy(settled(config, weights, rng))
+    x = torch.from_numpy(settled(config, weights, rng, margin=2e-2))
     layer = TrainableMoELayer(modules["shared"], weights)
     leaf = x.clone().requires_grad_()
     mix = torch.randn(x.shape)
