@@ -21,6 +21,7 @@ pytest.importorskip("uvicorn")
 import models  # noqa: E402
 from helpers import ROOT  # noqa: E402
 
+from moegen.serve_bench import Load, LoadRequest, ServerTarget, serve_bench  # noqa: E402
 from moegen.transformers import serve  # noqa: E402
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -116,6 +117,18 @@ def test_chat_completion_streamed(folder, client, expected):
     assert whole.usage.completion_tokens == NEW_TOKENS
     said = (folder / "log.txt").read_text()
     assert re.search(rf"moegen: packed [\d.]+ kB of experts of {folder / 'model'}", said), said
+
+
+@pytest.mark.slow
+def test_a_load(folder, client):
+    """By the load generator: every request is answered, with as many tokens as were asked for."""
+    pytest.importorskip("aiohttp")
+    target = ServerTarget(str(client.base_url), str(folder / "model"), extra_body={"temperature": 0})
+    load = Load(concurrency=2, requests=6, prompt="3-9", output="4")
+    (entry,) = serve_bench(target, LoadRequest(load, warmup=1))["contenders"]
+    assert entry["summary"]["succeeded"] == 6, entry["summary"]["failures"]
+    assert entry["summary"]["output_tokens"] == 6 * 4
+    assert entry["summary"]["latency"]["ttft"]["max"] < entry["summary"]["latency"]["e2e"]["max"]
 
 
 def test_what_cannot_be_served_says_so(folder, tmp_path, monkeypatch):
