@@ -178,9 +178,9 @@ def few_tiles(config: moegen.MoEConfig, max_rows: int = 2, **tiling: int) -> Pla
     return plan(config, tiling=few)
 
 
-def built_with(store: pathlib.Path, config: moegen.MoEConfig, **tiling: int) -> moegen.Artifact:
-    """Builds into `store` with `few_tiles`."""
-    return moegen.build(few_tiles(config, **tiling), out=store, verify=False)
+def built_with(store: pathlib.Path, config: moegen.MoEConfig, checked: bool = False, **tiling: int) -> moegen.Artifact:
+    """Builds into `store` with `few_tiles`; `checked` stages refuse what does not fit them, as those of edited modules do."""
+    return moegen.build(dataclasses.replace(few_tiles(config, **tiling), edited=checked), out=store, verify=False)
 
 
 def built_once(store: pathlib.Path, todo: Plan | CudaPlan, verify: bool = False) -> moegen.Artifact:
