@@ -128,13 +128,16 @@ def schedule(functions: Mapping[str, Any], geometry: Geometry, target: Target, k
     return tvm.IRModule({name: rewriting.rewrite(sch.mod[name], wishes[name]) for name in functions})
 
 
-def compile_object(module: Any, target: Target, path: pathlib.Path) -> None:
+def compile_object(module: Any, target: Target, path: pathlib.Path, checked: bool = False) -> None:
     """Compiles a scheduled module to the object file `path`.
+
+    Args:
+        checked: whether each function checks the shapes and types of what the host gives it, which is half of its code.
 
     Raises:
         OSError: the file cannot be written.
     """
-    executable = _compiled(module, target)
+    executable = _compiled(module, target, checked)
     # LLVM ends the process when its file cannot be written, so it writes to memory and the disk is ours to fail on.
     memory = os.memfd_create("stages.o")
     try:
@@ -168,11 +171,12 @@ def _enumerated(names: Iterable[str]) -> str:
     return ", ".join(same[0] if len(same) == 1 else f"{same[0]} to {same[-1]}" for same in stages.values())
 
 
-def _compiled(module: Any, target: Target) -> Any:
+def _compiled(module: Any, target: Target, checked: bool = False) -> Any:
     options: dict[str, Any] = {"mcpu": target.mcpu}
     if target.disabled:
         options["mattr"] = [f"-{feature}" for feature in target.disabled]
-    return tvm.compile(module, target=_llvm(target.arch, **options))
+    with tvm.transform.PassContext(config={"tirx.disable_assert": not checked}):
+        return tvm.compile(module, target=_llvm(target.arch, **options))
 
 
 def _without_debugging(text: str) -> str:

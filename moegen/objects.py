@@ -59,7 +59,8 @@ def compile_all(
             before = known / f"{group}-{_digest(_decides(todo, members))}.o" if keep and known else None
             if before and _taken(before, made):
                 continue
-            compiler.compile_object(compiler.schedule(members, todo.geometry, todo.target, todo.knobs), todo.target, made)
+            scheduled = compiler.schedule(members, todo.geometry, todo.target, todo.knobs)
+            compiler.compile_object(scheduled, todo.target, made, checked=todo.edited)  # which may not fit the generated host
             _kept(made, before)
     except BaseException:
         if driver is not None:

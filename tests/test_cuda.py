@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT, built_once, environment, stored
+from helpers import ROOT, built_once, environment, few_blocks, stored
 from helpers import tokens as drawn
 from moegen.schedules.cuda import few, route, tiling
 
@@ -331,39 +331,39 @@ def test_calls_on_an_emulated_device(built: moegen.Artifact, emulated: pathlib.P
     assert done.stdout.split() == words.split()
 
 
-# Fields, numbers of tokens, tokens up to which routing is one launch (None: the default), and launches for one token.
+# Fields, numbers of tokens, heights of row blocks, tokens up to which routing is one launch (None: the default), and launches for
+# one token.
 VARIANTS = {
-    # rows of one block: 16, 64 and 128
     "high blocks": (
         {"experts": 2, "top_k": 1, "hidden": 64, "intermediate": 128, "dtype": "float16", "activation": "gelu"},
-        (1, 17, 90, 300), None, 3,
+        (1, 17, 50, 200), (16, 64, 128), None, 3,
     ),
     "odd float32": (
         {
             "experts": 5, "top_k": 3, "hidden": 33, "intermediate": 7, "dtype": "float32", "capacity_factor": 1.0,
             "router_bias": True,
         },
-        (0, 1, 40), 8, 6,  # tokens are padded and sorted where capacity drops choices
+        (0, 1, 40), (64,), 8, 6,  # tokens are padded and sorted where capacity drops choices
     ),
     "groups": (
         {
             "experts": 16, "top_k": 4, "hidden": 64, "intermediate": 96, "dtype": "bfloat16", "gating": "sigmoid",
             "correction_bias": True, "n_group": 4, "topk_group": 2, "routed_scaling": 2.5, "shared_intermediate": 48,
         },
-        (0, 1, 3, 60), 0, 4,  # as for a router of more weights
+        (0, 1, 3, 60), (16,), 0, 4,  # as for a router of more weights
     ),
     "top 1": (
         {"experts": 3, "top_k": 1, "hidden": 100, "intermediate": 24, "dtype": "bfloat16", "weight_on_input": True},
-        (1, 30), None, 3,
+        (1, 30), (128,), None, 3,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_agree_with_the_reference(name: str, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fields, tokens, route_tokens, launches = VARIANTS[name]
+    fields, tokens, rows, route_tokens, launches = VARIANTS[name]
     monkeypatch.setattr(proof, "emulated_cases", lambda *about: tokens)
-    todo = planning.plan(moegen.MoEConfig(**fields), "sm_80")
+    todo = few_blocks(moegen.MoEConfig(**fields), "sm_80", rows)
     if route_tokens is not None:
         todo = dataclasses.replace(todo, route_tokens=route_tokens)
     report = moegen.build(todo, out=store).verification()
@@ -396,7 +396,7 @@ def test_a_wrong_kernel_is_not_published(store: pathlib.Path, monkeypatch: pytes
     monkeypatch.setattr(proof, "emulated_cases", lambda *about: (20,))
     config = moegen.MoEConfig(experts=4, top_k=2, hidden=64, intermediate=64, dtype="float16", gating="sigmoid")
     with pytest.raises(moegen.VerificationError, match="relative L2"):
-        moegen.build(config, "cuda", store, arch="sm_80")
+        moegen.build(few_blocks(config, "sm_80", (16,)), out=store)
     assert not list(store.glob("*-float16-sigmoid*"))
 
 
