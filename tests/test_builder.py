@@ -191,6 +191,9 @@ def test_an_edit_that_keeps_the_meaning(small: Plan, written: pathlib.Path, tmp_
     assert made.manifest["verified"] == "passed"
     assert "# mine" in (made.path / "te_source.py").read_text(encoding="utf-8")
     assert moegen.build(todo, out=tmp_path / "store").path == made.path
+    plain = moegen.build(small, out=tmp_path / "store", verify=False)
+    checks = [b"Mismatched type on argument" in (one.path / artifact.LIBRARY).read_bytes() for one in (made, plain)]
+    assert checks == [True, False], "stages of an edited module check what the host gives them"
 
 
 def test_an_edit_that_changes_the_meaning(written: pathlib.Path, tmp_path: pathlib.Path) -> None:
