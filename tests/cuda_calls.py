@@ -182,6 +182,16 @@ def main(path: str) -> None:
     ):
         with pytest.raises(moegen.MoegenError, match=reason):
             call()
+    functions = layer.module.functions  # as another program may call them
+    for arguments, error, words in (
+        ((1.5,), TypeError, r"argument 0 of moe_workspace_bytes must be int, not float"),
+        ((), TypeError, r"moe_workspace_bytes takes 1 arguments, not 0"),
+        ((-1,), ValueError, r"T=-1 must be between 0 and"),
+    ):
+        with pytest.raises(error, match=words):
+            functions["workspace_bytes"](*arguments)
+    with pytest.raises(TypeError, match=r"argument 1 of moe_copy must be .*Tensor.*, not None"):
+        functions["copy"](bare, None, 0)
     print("errors")
 
     empty = layer(stored(np.zeros((0, config.hidden)), config.dtype))

@@ -76,7 +76,8 @@ def make(
     images.append(Image(PTX, oldest=oldest.capability))
     host = emission.host_source(geometry, target, program, images, regimes, few_tokens, route_tokens, own.kernels)
     (work / "host.cc").write_text(host, encoding="utf-8")
-    shutil.copy(package_folder("templates") / "cuda" / "driver.h", work)
+    for header in ("driver.h", "exports.h"):
+        shutil.copy(package_folder("templates") / "cuda" / header, work)
     with concurrent.futures.ThreadPoolExecutor(2) as beside:
         building = beside.submit(_compile_host, work, target.arch, toolchain.include_folders)
         special = beside.submit(_compile_hopper, own, work, toolchain)
