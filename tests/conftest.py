@@ -57,9 +57,11 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts_arrive() -> None:
-    """Here and in the processes that tests start: a shell makes its background processes, and so a suite, deaf to Ctrl-C."""
+    """Here and in the processes that tests start: a shell makes what it runs in the background, and so a suite, deaf to them."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: this process goes on, but notices
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
