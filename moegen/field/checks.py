@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,8 @@ def tests(artifacts: pathlib.Path, seconds: float) -> list[Job]:
     file = PACKAGE.parent / "tests" / "test_gpu.py"
     if not file.is_file():
         return []
-    command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(file))
+    bare = ("-c", os.devnull, "--rootdir", str(file.parent), "-p", "no:cacheprovider")  # the suite's own want its plugins
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "ignore::pytest.PytestUnknownMarkWarning", *bare, str(file))
     return [Job(_TESTS, command, seconds, {ARTIFACTS_VARIABLE: str(artifacts.resolve())})]
 
 
