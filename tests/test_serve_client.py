@@ -154,8 +154,8 @@ def test_the_only_model_is_found(server: FakeServer) -> None:
     server.models = ["one", "two"]
     with pytest.raises(MeasureError, match=r"has 2 models \(one, two\): name one"):
         _measured(server, None)
-    with pytest.raises(MeasureError, match="does not say which models"):
-        serve_bench(ServerTarget("http://127.0.0.1:9/v1"), LoadRequest(Load(concurrency=1, requests=1)))
+    with pytest.raises(MeasureError, match=r"^http://127.0.0.1:9/v1 does not say which models"):
+        serve_bench(ServerTarget("http://me:hush@127.0.0.1:9/v1"), LoadRequest(Load(concurrency=1, requests=1)))
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://x/v1", "http://", "http://[::1"])

@@ -98,13 +98,14 @@ def only_model(server: ServerTarget) -> str:
     Raises:
         MeasureError: it lists none or several, or does not answer.
     """
+    shown = url_without_secrets(server)
     try:
         names = asyncio.run(asyncio.wait_for(_models(server), min(server.timeout_s, _LISTING_SECONDS)))
     except Exception as error:  # a server may answer anything
         why = failure_of(error)
-        raise MeasureError(f"{server.url} does not say which models it has ({why.kind}): give its name (--model)") from error
+        raise MeasureError(f"{shown} does not say which models it has ({why.kind}): give its name (--model)") from error
     if len(names) != 1:
-        raise MeasureError(f"{server.url} has {len(names)} models ({', '.join(names[:8])}): name one of them (--model)")
+        raise MeasureError(f"{shown} has {len(names)} models ({', '.join(names[:8])}): name one of them (--model)")
     return names[0]
 
 
