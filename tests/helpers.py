@@ -11,14 +11,11 @@ import sys
 from typing import Any
 
 import numpy as np
-from moegen.schedules.cuda import route
 
 import moegen
 from moegen import reference
 from moegen.arrays import HostArray, empty_aligned, to_float32, to_storage
-from moegen.cuda import emission, planning
 from moegen.cuda.planning import CudaPlan
-from moegen.cuda_geometry import CudaGeometry
 from moegen.plan import Plan, plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -179,14 +176,6 @@ def few_tiles(config: moegen.MoEConfig, max_rows: int = 2, **tiling: int) -> Pla
     if "pair" not in tiling and few.lanes != default.lanes:
         few = dataclasses.replace(few, pair=1)
     return plan(config, tiling=few)
-
-
-def few_blocks(config: moegen.MoEConfig, gpus: str, rows: tuple[int, ...]) -> CudaPlan:
-    """A plan with row blocks of these heights only, without kernels of Hopper's own: building takes half of the time."""
-    geometry, target = CudaGeometry(config), planning.resolve_target(gpus)
-    knobs, regimes = planning.default_knobs(geometry, target, rows), planning.default_regimes(rows)
-    text, few_tokens = emission.te_source(geometry, target, rows), planning.few_tokens(config)
-    return CudaPlan(geometry, target, text, knobs, regimes, few_tokens, route.default_tokens(geometry))
 
 
 def built_with(store: pathlib.Path, config: moegen.MoEConfig, checked: bool = False, **tiling: int) -> moegen.Artifact:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT, built_once, environment, few_blocks, stored
+from helpers import ROOT, built_once, environment, stored
 from helpers import tokens as drawn
 from moegen.schedules.cuda import few, route, tiling
 
@@ -363,7 +363,7 @@ VARIANTS = {
 def test_variants_agree_with_the_reference(name: str, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, tokens, rows, route_tokens, launches = VARIANTS[name]
     monkeypatch.setattr(proof, "emulated_cases", lambda *about: tokens)
-    todo = few_blocks(moegen.MoEConfig(**fields), "sm_80", rows)
+    todo = planning.default_plan(moegen.MoEConfig(**fields), planning.resolve_target("sm_80"), rows)
     if route_tokens is not None:
         todo = dataclasses.replace(todo, route_tokens=route_tokens)
     report = moegen.build(todo, out=store).verification()
@@ -396,7 +396,7 @@ def test_a_wrong_kernel_is_not_published(store: pathlib.Path, monkeypatch: pytes
     monkeypatch.setattr(proof, "emulated_cases", lambda *about: (20,))
     config = moegen.MoEConfig(experts=4, top_k=2, hidden=64, intermediate=64, dtype="float16", gating="sigmoid")
     with pytest.raises(moegen.VerificationError, match="relative L2"):
-        moegen.build(few_blocks(config, "sm_80", (16,)), out=store)
+        moegen.build(planning.default_plan(config, planning.resolve_target("sm_80"), (16,)), out=store)
     assert not list(store.glob("*-float16-sigmoid*"))
 
 

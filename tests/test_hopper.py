@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -15,7 +16,7 @@ from moegen.schedules.cuda import hopper
 import moegen
 from moegen import reference
 from moegen.config import MoEConfig
-from moegen.cuda import emission, listing, making, nvidia, planning, proof, sass
+from moegen.cuda import listing, making, nvidia, planning, proof, sass
 from moegen.cuda.architectures import KNOWN
 from moegen.cuda.emulated_driver import environment
 from moegen.cuda.emulator import Emulated
@@ -291,13 +292,9 @@ def test_down(case: str, rng: np.random.Generator, folder: pathlib.Path) -> None
 @pytest.fixture(scope="module")
 def layer(store: pathlib.Path) -> moegen.Artifact:
     """Of two architectures, with blocks of 128 rows only; not proven when it is built, as that is what follows."""
-    geometry = CudaGeometry(MoEConfig(experts=3, top_k=2, hidden=136, intermediate=130, dtype="bfloat16", shared_intermediate=64))
-    target, rows = planning.resolve_target("sm_80,sm_90a"), (128,)
-    knobs = planning.default_knobs(geometry, target, rows) | planning.hopper_knobs(geometry, target, rows)
-    text = emission.te_source(geometry, target, rows)
-    few_tokens = planning.few_tokens(geometry.config)
-    todo = planning.CudaPlan(geometry, target, text, knobs, planning.default_regimes(rows), few_tokens, route_tokens=0)
-    return built_once(store, todo)
+    config = MoEConfig(experts=3, top_k=2, hidden=136, intermediate=130, dtype="bfloat16", shared_intermediate=64)
+    todo = planning.default_plan(config, planning.resolve_target("sm_80,sm_90a"), (128,))
+    return built_once(store, dataclasses.replace(todo, route_tokens=0))
 
 
 @pytest.mark.slow

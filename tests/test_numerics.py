@@ -461,7 +461,7 @@ def _layers(draw: st.DrawFn) -> tuple[moegen.MoEConfig, dict[str, int], int]:
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
 @given(layer=_layers(), seed=st.integers(0, 2**31))
 def test_any_legal_layer(
     layer: tuple[moegen.MoEConfig, dict[str, int], int], seed: int, tmp_path_factory: pytest.TempPathFactory

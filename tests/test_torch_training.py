@@ -21,8 +21,7 @@ from torch_layers import CONFIGS, build_apart, dense  # noqa: E402
 from moegen.torch import MoELayer, TrainableMoELayer, gradients  # noqa: E402
 
 H = 16
-# Relative to float64. A bfloat16 gradient is rounded once for each path that it comes by (the output and two losses).
-BOUND = {"float32": 3e-6, "bfloat16": 3 * 2.0**-8}
+BOUND = {"float32": 2e-6, "bfloat16": 4e-3}  # relative to float64; bfloat16 gradients are rounded to that
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +174,12 @@ def test_gradients_are_those_of_plain_torch(modules, rng, name, dtype):
     ((y.float() * grad).sum() + 0.3 * decided.load_balancing_loss + 0.1 * decided.z_loss).backward()
     parameters = dict(layer.named_parameters())
     assert set(parameters) == set(trainable(weights))
-    for found, true in [(leaf, x64), *((p, exact[n]) for n, p in parameters.items())]:
+    for name_of, found, true in [("x", leaf, x64), *((n, p, exact[n]) for n, p in parameters.items())]:
         assert found.grad.dtype == found.dtype
         assert found.grad.shape == found.shape
         error = (found.grad.double() - true.grad).norm() / true.grad.norm()
-        assert error <= BOUND[config.dtype], error
+        ways = 3 if name_of.startswith("router") else 1  # by the output and two losses, with a rounding on each
+        assert error <= ways * BOUND[config.dtype], (name_of, error)
 
 
 def test_finite_differences_of_the_compiled_forward(modules, rng):

@@ -113,17 +113,20 @@ def plan(
     return _tuned(made, logs) if tuned else made
 
 
-def default_plan(config: MoEConfig, target: Target) -> CudaPlan:
+def default_plan(config: MoEConfig, target: Target, rows: Sequence[int] = tiling.ROWS) -> CudaPlan:
     """What building `config` would do when nothing was tuned.
+
+    Args:
+        rows: heights of the row blocks that there are to be.
 
     Raises:
         TargetError: the layer is one that CUDA cannot do yet.
     """
     _check(config, target)
     geometry = CudaGeometry(config)
-    text = emission.te_source(geometry, target, tiling.ROWS)
-    knobs = default_knobs(geometry, target, tiling.ROWS) | hopper_knobs(geometry, target, tiling.ROWS)
-    return CudaPlan(geometry, target, text, knobs, default_regimes(tiling.ROWS), few_tokens(config), route.default_tokens(geometry))
+    text = emission.te_source(geometry, target, rows)
+    knobs = default_knobs(geometry, target, rows) | hopper_knobs(geometry, target, rows)
+    return CudaPlan(geometry, target, text, knobs, default_regimes(rows), few_tokens(config), route.default_tokens(geometry))
 
 
 def _tuned(made: CudaPlan, logs: str | os.PathLike[str] | None) -> CudaPlan:

@@ -46,7 +46,7 @@ def tests(artifacts: pathlib.Path, seconds: float) -> list[Job]:
     file = PACKAGE.parent / "tests" / "test_gpu.py"
     if not file.is_file():
         return []
-    bare = ("-c", os.devnull, "--rootdir", str(file.parent), "-p", "no:cacheprovider")  # the suite's own want its plugins
+    bare = ("-c", os.devnull, "--rootdir", str(file.parent), "-p", "no:cacheprovider")  # the suite's settings want its plugins
     command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "ignore::pytest.PytestUnknownMarkWarning", *bare, str(file))
     return [Job(_TESTS, command, seconds, {ARTIFACTS_VARIABLE: str(artifacts.resolve())})]
 

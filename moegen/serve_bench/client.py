@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..interrupts import SIGNALS
 from . import openai_api
 from .arrivals import Load, Planned
 from .outcomes import Outcome, Played
@@ -68,7 +69,7 @@ async def _until_interrupted(work: Coroutine[Any, Any, None]) -> bool:
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other thread is told
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         before = {number: handler for number, handler in before.items() if callable(handler)}
     for number in before:
         loop.add_signal_handler(number, stop)
@@ -178,14 +179,15 @@ class _Sender:
     async def _streamed(self, outcome: Outcome) -> None:
         text = prompt_of(outcome.prompt_tokens, np.random.default_rng([self.load.seed, 3, outcome.index]))
         answer = openai_api.pieces(self.session, self.run.server, text, outcome.asked_tokens)
-        seen = _Seen()
+        seen, ended_s = _Seen(), self.run.now()
         async with contextlib.aclosing(answer):
             async for piece in answer:
+                ended_s = self.run.now()  # what a connection still carries after the last piece is no part of the answer
                 if seen.take(piece):
-                    outcome.token_s.append(self.run.now())
-        self._concluded(outcome, seen)
+                    outcome.token_s.append(ended_s)
+        self._concluded(outcome, seen, ended_s)
 
-    def _concluded(self, outcome: Outcome, seen: _Seen) -> None:
+    def _concluded(self, outcome: Outcome, seen: _Seen, ended_s: float) -> None:
         """A stream has ended without an error: with an answer, or with less."""
         if not seen.finished:
             outcome.fail(openai_api.BROKEN, "the stream ended without a finish_reason", self.run.now())
@@ -196,7 +198,7 @@ class _Sender:
         outcome.output_tokens = seen.output_tokens or len(outcome.token_s)
         outcome.prompt_tokens = seen.prompt_tokens or outcome.prompt_tokens
         self.run.with_usage += seen.output_tokens is not None
-        outcome.succeed(self.run.now())
+        outcome.succeed(ended_s)
 
 
 class _Seen:
